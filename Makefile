@@ -1,0 +1,31 @@
+# `make demo` needs nothing but Python 3.11 or newer; PYTHON=python3.12 chooses another one.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test check format bench test-slow test-gpu clean
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+demo: $(STAMP) ## quantize the shipped policy, verify the result and compare how it acts
+	@scripts/demo.sh
+test: check ## everything that a change must pass
+	$(BIN)/pytest
+check: $(STAMP) ## lint, format, types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+format: $(STAMP) ## mend what can be mended automatically
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+bench: $(STAMP) ## measure kernels and latency; writes bench/results
+	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+test-slow: $(STAMP) ## minutes: real language models, full size
+	$(BIN)/pytest -m "slow and not gpu"
+test-gpu: $(STAMP) ## needs a CUDA device
+	$(BIN)/pytest -m gpu
+clean: ## remove the environment and everything that was built
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing vlaquant and its tested dependencies into .venv (minutes, once) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
+	@touch $@

@@ -1,0 +1,105 @@
+"""Quantize one policy in many ways and compare: action error for all, paired closed-loop episodes for some.
+
+python scripts/compare_recipes.py --work DIR --json bench/results/recipes.json [--rollouts 30]
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import vlaquant
+from vlaquant.evaluate.evaluation import evaluate_policy
+from vlaquant.evaluate.rollouts import default_workers, outcomes_of, plan_jobs, run_jobs, summarize
+from vlaquant.plan import format_table
+
+_POLICY = Path(__file__).parent.parent / "examples" / "demo_policy"
+_EPISODES = Path(__file__).parent.parent / "examples" / "demo_episodes"
+_SMOOTH = {"kind": "smoothquant", "alpha": 0.5}
+_AWQ = {"kind": "awq"}
+
+#: row -> (scheme, overrides, transforms, quantizer, whether it drives the robot)
+RECIPES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, Any], bool]] = {
+    **{
+        f"w{bits} {name}": (scheme, {"group_size": 64}, transforms, quantizer, drives)
+        for bits, scheme in ((4, "w4a16"), (3, "w3a16"), (2, "w2a16"))
+        for name, transforms, quantizer, drives in (
+            ("rtn", [], {"kind": "rtn"}, bits < 4),
+            ("rtn mse", [], {"kind": "rtn", "clip": "mse"}, False),
+            ("awq", [_AWQ], {"kind": "rtn", "clip": "awq"}, bits == 4),
+            ("gptq", [], {"kind": "gptq"}, bits == 4),
+            ("awq + gptq", [_AWQ], {"kind": "gptq"}, False),
+            ("smoothquant + gptq", [_SMOOTH], {"kind": "gptq"}, False),
+        )
+    },
+    "w8a8 rtn": ("w8a8", {}, [], {"kind": "rtn"}, False),
+    "w8a8 smoothquant": ("w8a8", {}, [_SMOOTH], {"kind": "rtn"}, True),
+    "w8a8 smoothquant + gptq": ("w8a8", {}, [_SMOOTH], {"kind": "gptq"}, False),
+    "w8a8 static smoothquant": ("w8a8_static", {}, [_SMOOTH], {"kind": "rtn"}, False),
+}
+
+
+def recipe(row: str) -> dict[str, Any]:
+    scheme, overrides, transforms, quantizer, _ = RECIPES[row]
+    parts = ("vision", "projector", "language")
+    return {
+        "family": "openvla",
+        "rules": [{"part": part, "scheme": scheme, **overrides} for part in parts],
+        "transforms": transforms,
+        "quantizer": quantizer,
+        "calibration": {"kind": "episodes", "path": str(_EPISODES), "samples": 64},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where the quantized policies go")
+    parser.add_argument("--rollouts", type=int, default=0, help="paired episodes a task for the rows that drive")
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    directories = {row: args.work / row.replace(" ", "_") for row in RECIPES}
+    for row in tqdm(RECIPES, desc="recipes"):
+        quantized = vlaquant.quantize(_POLICY, recipe(row), output=directories[row], overwrite=True)
+        results[row] = evaluate_policy(directories[row], _POLICY, _EPISODES, count=None, rollouts=0)
+        results[row]["mean_relative_loss"] = quantized.mean_relative_loss
+    if args.rollouts > 0:
+        drivers = [directories[row] for row in RECIPES if RECIPES[row][-1]]
+        jobs = plan_jobs([_POLICY, *drivers], args.rollouts)
+        with tqdm(total=sum(len(job.seeds) for job in jobs), desc="episodes") as bar:
+            outcomes = run_jobs(jobs, workers=default_workers(), advance=bar.update)
+        float_outcomes = outcomes_of(_POLICY, outcomes)
+        for row in RECIPES:
+            if RECIPES[row][-1]:
+                results[row]["rollouts"] = summarize(outcomes_of(directories[row], outcomes), float_outcomes)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(table(results))
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = [("recipe", "MiB", "output error", "equal tokens", "bin distance", "action L1", "success", "McNemar p")]
+    for row, result in results.items():
+        actions, rollouts = result["actions"], result.get("rollouts")
+        success = rollouts["candidate"]["all"] if rollouts else None
+        rows.append(
+            (
+                row,
+                f"{result['bytes']['disk'] / 2**20:.2f}",
+                f"{result['mean_relative_loss']:.2e}",
+                f"{actions['token_agreement']:.1%}",
+                f"{actions['bin_distance']:.2f}",
+                f"{actions['mean_l1']:.4f}",
+                f"{success['rate']:.1%} [{success['low']:.0%}, {success['high']:.0%}]" if success else "",
+                f"{rollouts['paired']['p_value']:.2f}" if rollouts else "",
+            )
+        )
+    return format_table(rows)
+
+
+if __name__ == "__main__":
+    main()

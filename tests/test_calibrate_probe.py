@@ -1,0 +1,134 @@
+"""Probing: one sample tells what runs, in which order, on what, and which weights are used behind the layer's back."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlaquant.calibrate import probe
+
+
+class Block(nn.Module):
+    """q, k and v read one tensor, gate and up another; ``odd`` reads what q reads in every second call only."""
+
+    def __init__(self, k: int = 8) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(k, k) for _ in range(4))
+        self.gate, self.up, self.odd, self.unused = (nn.Linear(k, k) for _ in range(4))
+        self.down = nn.Linear(k, k)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = x + self.o(torch.tanh(self.q(x) * self.k(x)) + self.v(x))
+        side = self.odd(x if self.calls % 2 else x * 2.0)
+        return self.down(F.relu(self.gate(x)) * self.up(x)) + side
+
+
+def hook_count(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+class Policy(nn.Module):
+    """What real policies do to a module walker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.block = Block()
+        self.head = nn.Linear(8, 20, bias=False)
+        self.tied = nn.Linear(8, 20, bias=False)
+        self.tied.weight = self.embed.weight
+        self.sliced = nn.Linear(8, 20)
+        self.cast = nn.Linear(8, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.block(self.embed(tokens))
+        x = self.cast(x.to(self.cast.weight.dtype)).to(self.cast.weight.device).view(-1, self.cast.weight.shape[0])
+        for _ in range(3):
+            x = self.block(x)
+        logits = self.head(x) + self.tied(x)
+        return logits[:, :4] + F.linear(x, self.sliced.weight[:4])
+
+
+@pytest.fixture(params=[False, True], ids=["grad", "inference"])
+def probed(request: pytest.FixtureRequest) -> Iterator[tuple[Policy, object]]:
+    policy = Policy().eval()
+    with torch.inference_mode(request.param):
+        yield policy, probe(policy, lambda: policy(torch.tensor([[1, 2, 3]])))
+    assert hook_count(policy) == 0
+
+
+def test_probe_knows_order_and_calls(probed) -> None:
+    _, result = probed
+    block = [f"block.{name}" for name in ("q", "k", "v", "o", "odd", "gate", "up", "down")]
+    assert list(result.order[:11]) == [*block, "cast", "head", "tied"]
+    assert result.calls["block.q"] == 4
+    assert result.calls["cast"] == 1
+    assert result.calls["block.unused"] == 0
+
+
+def test_probe_knows_who_shares_an_input(probed) -> None:
+    _, result = probed
+    assert result.shared == (("block.q", "block.k", "block.v"), ("block.gate", "block.up"), ("head", "tied"))
+
+
+def test_probe_finds_the_dead_and_the_functional(probed) -> None:
+    _, result = probed
+    assert {"block.unused", "sliced"} <= set(result.never_ran)
+    assert not {"block.q", "head"} & set(result.never_ran)
+    assert result.functional == ("tied", "sliced")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda weight: weight.T,
+        lambda weight: weight.data,
+        lambda weight: weight[0],
+        lambda weight: torch.cat([weight, weight]),
+        lambda weight: torch.stack(tensors=[weight]),
+        lambda weight: weight.to(torch.float64),
+        lambda weight: weight.chunk(2),
+    ],
+)
+def test_probe_sees_every_way_to_use_a_weight(use) -> None:
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    assert probe(model, lambda: use(model[1].weight)).functional == ("1",)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda weight: (weight.dtype, weight.device, weight.shape, weight.ndim, weight.is_cuda, weight.requires_grad),
+        lambda weight: (weight.size(0), weight.numel(), weight.dim(), weight.stride(), weight.element_size()),
+        lambda weight: (weight.is_floating_point(), torch.is_floating_point(weight), weight.data_ptr(), len(weight)),
+    ],
+)
+def test_probe_lets_questions_pass(ask) -> None:
+    model = nn.ModuleList([nn.Linear(4, 4)])
+    assert probe(model, lambda: ask(model[0].weight)).functional == ()
+
+
+def test_probe_does_not_confuse_tensors_that_reuse_memory_or_change() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4) for _ in range(5)])
+
+    def run() -> None:
+        for layer in model[:3]:
+            layer(torch.ones(2, 4))
+        x = torch.ones(2, 4)
+        model[3](x)
+        x.add_(1.0)
+        model[4](x)
+
+    assert probe(model, run).shared == ()
+
+
+def test_probe_cleans_up_after_an_error() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4)])
+    with pytest.raises(RuntimeError):
+        probe(model, lambda: model[0](torch.ones(2, 3)))
+    assert hook_count(model) == 0
+    assert probe(model, lambda: model[0](torch.ones(2, 4))).functional == ()

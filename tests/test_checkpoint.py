@@ -1,0 +1,213 @@
+"""Reading refuses what is incomplete; writing leaves all or nothing."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import llama, save_llama
+
+from vlaquant import checkpoint
+from vlaquant.checkpoint import (
+    MANIFEST,
+    atomic_directory,
+    check_source,
+    copy_side_files,
+    read_config,
+    read_manifest,
+    read_tensors,
+    weight_files,
+    write_json,
+    write_tensors,
+)
+from vlaquant.errors import CheckpointError, ExportError
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save_llama(tmp_path / "source", llama())
+
+
+def test_a_good_directory_passes(source: Path) -> None:
+    assert check_source(source)["model_type"] == "llama"
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_no_config(source: Path) -> None:
+    (source / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        check_source(source)
+
+
+def test_config_that_is_no_json(source: Path) -> None:
+    (source / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        check_source(source)
+
+
+@pytest.mark.parametrize("kept", [4, 100, 0.5])
+def test_truncated_safetensors(source: Path, kept: float) -> None:
+    file = source / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(kept if kept > 1 else kept * len(data))])
+    with pytest.raises(CheckpointError, match="truncated"):
+        check_source(source)
+
+
+def test_pickles_are_refused_and_not_opened(source: Path) -> None:
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    with pytest.raises(CheckpointError, match=r"pickled weights \(pytorch_model\.bin\)"):
+        check_source(source)
+
+
+def test_no_weights_at_all(source: Path) -> None:
+    (source / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
+        check_source(source)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(source: Path, value: float) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values"):
+        check_source(source)
+
+
+def test_quantized_source_is_refused(source: Path) -> None:
+    write_json(source / "config.json", read_config(source) | {"quantization_config": {}})
+    with pytest.raises(CheckpointError, match="quantized already"):
+        check_source(source)
+
+
+def test_missing_shard(source: Path) -> None:
+    write_json(source / "model.safetensors.index.json", {"weight_map": {"a": "model-1.safetensors"}})
+    with pytest.raises(CheckpointError, match=r"missing: model-1\.safetensors"):
+        weight_files(source)
+
+
+def test_shards_read_back_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_MAX_SHARD_BYTES", 100)
+    tensors = {f"t{index}": torch.randn(index + 1, 5) for index in range(6)}
+    write_tensors(tmp_path, tensors)
+    files = weight_files(tmp_path)
+    assert len(files) > 1
+    found = dict(read_tensors(files))
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_side_files_travel_byte_for_byte(source: Path, tmp_path: Path) -> None:
+    (source / "heads").mkdir()
+    (source / "heads" / "action_head.pt").write_bytes(bytes(range(256)))
+    target = tmp_path / "target"
+    target.mkdir()
+    sums = copy_side_files(source, target)
+    assert "heads/action_head.pt" in sums
+    assert "model.safetensors" not in sums
+    assert "config.json" not in sums
+    for name in sums:
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_atomic_directory_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with atomic_directory(target, overwrite=False) as partial:
+        (partial / "file").write_text("x", encoding="utf-8")
+        assert not target.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_existing_output_needs_overwrite(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "precious").write_text("x", encoding="utf-8")
+    with pytest.raises(ExportError, match="--overwrite"), atomic_directory(target, overwrite=False):
+        pass
+    assert (target / "precious").exists()
+    with atomic_directory(target, overwrite=True) as partial:
+        (partial / "new").write_text("y", encoding="utf-8")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_failed_overwrite_keeps_the_old(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "precious").write_text("x", encoding="utf-8")
+    with pytest.raises(ExportError, match="No space left"), atomic_directory(target, overwrite=True):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (target / "precious").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_really_fails(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ExportError, match="No space left"),
+        atomic_directory(tmp_path / "out", overwrite=False) as partial,
+    ):
+        (partial / "model.safetensors").symlink_to("/dev/full")
+        with (partial / "model.safetensors").open("wb") as file:
+            file.write(b"0" * 10**6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_manifest_must_be_complete(source: Path) -> None:
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        read_manifest(source)
+    write_json(source / MANIFEST, {"complete": False})
+    with pytest.raises(CheckpointError, match="cut off"):
+        read_manifest(source)
+    write_json(source / MANIFEST, {"complete": True})
+    assert read_manifest(source) == {"complete": True}
+    partial = source.parent / ".out.partial-1"
+    shutil.copytree(source, partial)
+    with pytest.raises(CheckpointError, match="cut off"):
+        read_manifest(partial)
+
+
+_SLOW_WRITER = """
+import sys, time
+from pathlib import Path
+from vlaquant.checkpoint import atomic_directory, write_json
+with atomic_directory(Path(sys.argv[1]), overwrite=False) as partial:
+    write_json(partial / "config.json", {})
+    write_json(partial / "vlaquant.json", {"complete": True})
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_sigkill_leaves_nothing_acceptable(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW_WRITER, str(target)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "writing"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    time.sleep(0.1)
+    assert not target.exists()
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1  # the partial directory is there, and it even has a manifest that says "complete"
+    with pytest.raises(CheckpointError):
+        read_manifest(left[0])

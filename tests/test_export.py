@@ -1,0 +1,200 @@
+"""What is written reads back equal: by us, and by transformers with compressed-tensors."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import llama, observations, openvla, save_llama, save_openvla
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import vlaquant
+from vlaquant.checkpoint import MANIFEST, read_config, read_manifest, write_json
+from vlaquant.errors import CheckpointError, ExportError
+from vlaquant.export import compressed_tensors, writing
+from vlaquant.export.compressed_tensors import (
+    file_tensors,
+    from_quantization_config,
+    quantized_layers,
+    target_patterns,
+    to_quantization_config,
+)
+from vlaquant.models.openvla import OpenVLAForActionPrediction
+
+TOKENS = torch.arange(20).reshape(1, 20)
+SCHEMES: dict[str, dict[str, Any]] = {
+    "w4 group": {"scheme": "w4a16", "group_size": 64},
+    "w3 group": {"scheme": "w3a16", "group_size": 64},
+    "w8 channel": {"scheme": "w8a16"},
+    "w8a8": {"scheme": "w8a8"},
+    "w8a8 static": {"scheme": "w8a8_static"},
+}
+
+
+@pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the fresh process, where a test compares in its own way."""
+    monkeypatch.setattr(writing, "verify", lambda *args, **kwargs: {"tensors": 0, "output": "skipped by a test"})
+
+
+def write_llama(
+    tmp_path: Path, *rules: dict[str, Any], dtype: torch.dtype = torch.bfloat16, tied: bool = False
+) -> Path:
+    source = save_llama(tmp_path / "source", llama(dtype=dtype, tied=tied))
+    samples = [torch.randint(0, 128, (1, 40), generator=torch.Generator().manual_seed(1))]
+    vlaquant.quantize(source, {"rules": list(rules)}, samples=samples, output=tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+@pytest.mark.usefixtures("unverified")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_real_consumer_computes_the_same(tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("compressed_tensors")
+    packed = write_llama(tmp_path, {"part": "language", **SCHEMES[scheme]}, dtype=dtype)
+    ours = vlaquant.load(packed)
+    theirs, info = AutoModelForCausalLM.from_pretrained(packed, dtype=dtype, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.inference_mode():
+        mine, other = ours(TOKENS).logits.float(), theirs.eval()(TOKENS).logits.float()
+    limit = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    if scheme == "w8a8":
+        limit = 3e-2  # compressed-tensors simulates dynamic activations with absmax / 127.5; we and vLLM divide by 127
+    assert float((mine - other).norm() / other.norm()) < limit
+
+
+@pytest.mark.usefixtures("unverified")
+def test_mixed_schemes_in_one_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    packed = write_llama(
+        tmp_path, {"pattern": "*.mlp.*", "scheme": "w4a16", "group_size": 64}, {"part": "language", "scheme": "w8a8"}
+    )
+    assert read_config(packed)["quantization_config"]["format"] == "mixed-precision"
+    ours = vlaquant.load(packed)
+    theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        mine, other = ours(TOKENS).logits.float(), theirs(TOKENS).logits.float()
+    assert float((mine - other).norm() / other.norm()) < 3e-2
+
+
+@pytest.mark.usefixtures("unverified")
+def test_loaded_layers_are_packed_and_equal(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "source", llama())
+    result = vlaquant.quantize(
+        source, {"rules": [{"part": "language", **SCHEMES["w4 group"]}]}, output=tmp_path / "packed"
+    )
+    loaded = vlaquant.load(tmp_path / "packed")
+    assert quantized_layers(loaded) == quantized_layers(result.model) != {}
+    for name, tensor in file_tensors(result.model).items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    float_weights = [m for n, m in loaded.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    assert float_weights == []
+
+
+def test_openvla_is_verified_in_a_fresh_process(tmp_path: Path) -> None:
+    source = save_openvla(tmp_path / "source", openvla(dtype=torch.bfloat16))
+    recipe = {"rules": [{"part": "language", **SCHEMES["w4 group"]}, {"part": "vision", "scheme": "w8a8"}]}
+    result = vlaquant.quantize(source, recipe, samples=observations(10), output=tmp_path / "packed")
+    assert result.manifest["verification"]["output"] == "equal bit for bit"
+    packed = tmp_path / "packed"
+    assert (packed / "dataset_statistics.json").read_bytes() == (source / "dataset_statistics.json").read_bytes()
+    assert read_config(packed)["norm_stats"] == read_config(source)["norm_stats"]
+    loaded = vlaquant.load(packed)
+    assert isinstance(loaded, OpenVLAForActionPrediction)
+    image = observations(1)[0].image
+    assert (loaded.predict_action(image, "push") == result.model.predict_action(image, "push")).all()
+
+
+def test_a_file_that_differs_is_noticed_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = writing.write_tensors
+
+    def flip_one_code(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+        original(directory, tensors)
+        file = directory / "model.safetensors"
+        written = load_file(file)
+        written["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 1
+        save_file(written, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(writing, "write_tensors", flip_one_code)
+    with pytest.raises(ExportError, match=r"1 tensors differ.*up_proj\.weight_packed"):
+        write_llama(tmp_path, {"part": "language", **SCHEMES["w4 group"]})
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_unknown_models_are_compared_tensor_by_tensor(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    recipe = {"rules": [{"part": "model", "scheme": "w8a8"}]}
+    result = vlaquant.quantize(net, recipe, output=tmp_path / "packed")
+    assert result.manifest["verification"]["tensors"] == len(net.state_dict())
+    fresh = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    loaded = vlaquant.load(tmp_path / "packed", model=fresh)
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), net(x))
+    with pytest.raises(CheckpointError, match="pass it"):
+        vlaquant.load(tmp_path / "packed")
+
+
+@pytest.mark.usefixtures("unverified")
+def test_tied_weights_are_written_once_and_tied_again(tmp_path: Path) -> None:
+    packed = write_llama(tmp_path, {"part": "language", **SCHEMES["w4 group"]}, tied=True)
+    assert "lm_head.weight" not in load_file(packed / "model.safetensors")
+    loaded: Any = vlaquant.load(packed)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.usefixtures("unverified")
+def test_the_loader_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    packed = write_llama(tmp_path, {"part": "language", **SCHEMES["w4 group"]})
+    file = packed / "model.safetensors"
+    tensors = load_file(file)
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"lacks tensors.*model\.norm\.weight"):
+        vlaquant.load(packed)
+    save_file(tensors | {"model.norm.weight": norm, "stray": norm.clone()}, file)
+    with pytest.raises(CheckpointError, match="has not: stray"):
+        vlaquant.load(packed)
+    write_json(packed / MANIFEST, read_manifest(packed) | {"complete": False})
+    with pytest.raises(CheckpointError, match="cut off"):
+        vlaquant.load(packed)
+
+
+def test_config_round_trip() -> None:
+    model = llama()
+    vlaquant.quantize(
+        model, {"rules": [{"pattern": "*.0.mlp.*", "scheme": "w8a8"}, {"part": "language", **SCHEMES["w3 group"]}]}
+    )
+    layers = quantized_layers(model)
+    found = from_quantization_config(to_quantization_config(model), list(dict(model.named_modules())))
+    assert found.keys() == layers.keys()
+    for name, scheme in layers.items():
+        assert (found[name].weight, found[name].activation) == (scheme.weight, scheme.activation)
+
+
+def test_patterns_match_just_the_names() -> None:
+    everything = [f"model.layers.{i}.{leaf}" for i in range(12) for leaf in ("q", "k")] + [
+        "model.layers.1.q.extra",
+        "xmodel.layers.1.q",
+    ]
+    alike = {name for name in everything if name.endswith(".q") and name.startswith("model")}
+    assert target_patterns(alike, everything) == [r"re:^model\.layers\.\d+\.q$"]
+    some = {"model.layers.1.q", "model.layers.11.q"}
+    patterns = target_patterns(some, everything)
+    hit = {name for name in everything if any(re.match(pattern.removeprefix("re:"), name) for pattern in patterns)}
+    assert hit == some
+
+
+def test_ignore_is_empty_and_targets_are_anchored() -> None:
+    model = llama()
+    vlaquant.quantize(model, {"rules": [{"part": "language", "scheme": "w8a8"}]})
+    config = to_quantization_config(model)
+    assert config["ignore"] == []
+    targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+    assert all(target.startswith("re:^") and target.endswith("$") for target in targets)
+    assert compressed_tensors.format_of(next(iter(quantized_layers(model).values()))) == "int-quantized"

@@ -1,0 +1,217 @@
+"""Collecting :class:`ActStats` with hooks, while the caller runs the model."""
+
+import difflib
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlaquant.calibrate.statistics import ActStats, RunningStats, no_stats
+from vlaquant.errors import CalibrationError
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Layers that have read exactly the same rows up to now, and so have one set of statistics.
+
+    All layers of one width begin in one group. The first member to read new rows leaves them ``pending``; members that
+    read equal rows catch up. When a member reads something else, those still behind leave with the statistics as they
+    were, and only then are the pending rows counted. Groups are only ever split, so sharing cannot be wrong.
+    """
+
+    members: set[str]
+    features: int
+    hessian: bool
+    running: RunningStats | None = None
+    pending: Tensor | None = None
+    behind: set[str] = field(default_factory=set)
+
+
+class Observation:
+    """The statistics being collected; made by :func:`observe`.
+
+    Attributes:
+        mask: bool [b, t], True for the tokens that count, or None. It applies to inputs of shape [b, t, k]; of an input
+            with other leading dimensions every token counts. It may be changed at any time, also while a sample runs.
+    """
+
+    def __init__(self, features: dict[str, int], *, hessian_for: Collection[str], sample_rows: int, seed: int) -> None:
+        self.mask: Tensor | None = None
+        self._sample_rows = sample_rows
+        self._seed = seed
+        self._sample: int | None = None
+        self._features = features
+        self._group_of: dict[str, _Group] = {}
+        alike: dict[tuple[int, bool], _Group] = {}
+        for name, k in features.items():
+            hessian = name in hessian_for
+            group = alike.setdefault((k, hessian), _Group(set(), k, hessian))
+            group.members.add(name)
+            self._group_of[name] = group
+
+    def begin_sample(self, mask: Tensor | None = None) -> None:
+        """Say that the next sample starts (so that errors can name it) and which of its tokens count."""
+        self._sample = 0 if self._sample is None else self._sample + 1
+        self.mask = mask
+        self._settle_all()
+
+    def record(self, name: str, x: Tensor) -> None:
+        """Take in what layer ``name`` is about to read, [..., k]. The hooks call this.
+
+        Raises:
+            CalibrationError: a token that counts is not finite. As the first bad layer that runs raises, the message
+                names the origin and not the layers it spoilt.
+        """
+        rows = self._real_tokens(x.detach())
+        if rows.shape[0] == 0:
+            return
+        self._require_finite(name, rows)
+        group = self._group_of[name]
+        if name in group.behind and _equal(rows, group.pending):
+            group.behind.remove(name)
+        else:
+            self._settle(group)
+            group = self._group_of[name]
+            group.behind = group.members - {name}
+            # A private copy: the model may go on to change x in place.
+            group.pending = rows.clone() if group.behind else rows
+        if not group.behind:
+            self._settle(group)
+
+    def stats(self) -> dict[str, ActStats]:
+        """Statistics of every layer that saw a token. Layers that always read the same rows share one object."""
+        self._settle_all()
+        return {name: g.running.stats for name, g in self._group_of.items() if g.running is not None}
+
+    def shared(self) -> dict[str, str]:
+        """For every layer that saw a token, the first layer (in the order of ``names``) that read the same rows."""
+        self._settle_all()
+        leader: dict[int, str] = {}
+        seen = [(name, group) for name, group in self._group_of.items() if group.running is not None]
+        return {name: leader.setdefault(id(group), name) for name, group in seen}
+
+    def check(self, min_tokens: int = 1) -> None:
+        """Make sure that the data reached every layer.
+
+        Raises:
+            CalibrationError: layers that saw fewer than ``min_tokens`` tokens, each named with its count.
+        """
+        stats = self.stats()
+        counts = {name: stats[name].tokens if name in stats else 0 for name in self._group_of}
+        starved = [f"{name} ({count})" for name, count in counts.items() if count < min_tokens]
+        if starved:
+            raise CalibrationError(
+                f"{len(starved)} of {len(counts)} layers saw fewer than {min_tokens} tokens: {_some(starved)}; "
+                "use more samples, or keep these layers in float (or quantize them without data)"
+            )
+
+    def _real_tokens(self, x: Tensor) -> Tensor:
+        mask = self.mask
+        if mask is None or mask.shape != x.shape[:-1]:
+            return x.reshape(-1, x.shape[-1])
+        if mask.dtype is not torch.bool:
+            raise CalibrationError(f"the token mask has dtype {mask.dtype}; use bool, True for the tokens that count")
+        return x[mask.to(x.device)]
+
+    def _require_finite(self, name: str, rows: Tensor) -> None:
+        bad = int((~rows.isfinite().all(dim=-1)).sum())
+        if bad:
+            where = "" if self._sample is None else f" in sample {self._sample}"
+            raise CalibrationError(
+                f"{name}: {bad} of {rows.shape[0]} input tokens hold NaN or Inf{where}, and it is "
+                "the first observed layer to read any; look at that sample and at what runs just before this layer, or "
+                "calibrate in float32"
+            )
+
+    def _settle_all(self) -> None:
+        for group in {id(group): group for group in self._group_of.values()}.values():
+            self._settle(group)
+
+    def _settle(self, group: _Group) -> None:
+        """Count the pending rows for those who read them; the others leave with the statistics as they were."""
+        if group.pending is None:
+            return
+        if group.behind:
+            parted = _Group(group.behind, group.features, group.hessian, group.running)
+            self._group_of.update(dict.fromkeys(group.behind, parted))
+            group.members = group.members - group.behind
+            group.behind = set()
+        running = group.running or no_stats(group.features, hessian=group.hessian, device=group.pending.device)
+        group.running = running.add(group.pending, sample_rows=self._sample_rows, seed=self._seed)
+        group.pending = None
+
+
+def _some(names: list[str]) -> str:
+    """At most five, so that the advice after them is still seen."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _equal(rows: Tensor, other: Tensor | None) -> bool:
+    """Equal in value. Identity would neither notice a change in place nor survive a cast for each layer."""
+    if other is None or rows.device != other.device or rows.dtype != other.dtype:
+        return False
+    return torch.equal(rows, other)
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    names: Collection[str],
+    *,
+    hessian_for: Collection[str] = (),
+    sample_rows: int = 256,
+    seed: int = 0,
+) -> Iterator[Observation]:
+    """Collect statistics of the inputs of the Linears ``names`` for as long as the context is open.
+
+        with observe(model, names, hessian_for=names) as observation:
+            for sample in samples:
+                observation.begin_sample()
+                run(model, sample)
+        observation.check(min_tokens=128)
+        stats = observation.stats()
+
+    Args:
+        model: what the names are relative to.
+        names: Linears to watch, as in ``model.named_modules()``.
+        hessian_for: those of ``names`` whose [k, k] Hessian is wanted too.
+        sample_rows: how many input tokens to keep of each layer.
+        seed: of the draw of those tokens.
+
+    Raises:
+        CalibrationError: a name that is no plain ``nn.Linear`` of the model; while running, NaN or Inf activations.
+    """
+    linears = {name: _linear(model, name) for name in names}
+    unwatched = sorted(set(hessian_for) - set(names))
+    if unwatched:
+        raise CalibrationError(f"a Hessian is wanted for layers that are not watched: {', '.join(unwatched)}")
+    features = {name: linear.in_features for name, linear in linears.items()}
+    observation = Observation(features, hessian_for=set(hessian_for), sample_rows=sample_rows, seed=seed)
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            handle = linear.register_forward_pre_hook(_recorder(observation, name), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield observation
+
+
+def _recorder(observation: Observation, name: str) -> Any:
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observation.record(name, args[0] if args else kwargs["input"])
+
+    return record
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    module = modules.get(name)
+    # Exactly nn.Linear: subclasses such as the output projection of nn.MultiheadAttention are not called through hooks.
+    if type(module) is nn.Linear:
+        return module
+    found = f"is a {type(module).__name__}" if module is not None else "does not exist"
+    linears = [other for other, candidate in modules.items() if type(candidate) is nn.Linear]
+    near = difflib.get_close_matches(name, linears, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise CalibrationError(f"cannot watch {name!r}: it {found}, and only plain nn.Linear can be watched{hint}")

@@ -1,0 +1,157 @@
+"""The command ``vlaquant``: each subcommand reads its arguments, calls one function and prints."""
+
+import argparse
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from vlaquant.checkpoint import read_config, read_manifest
+from vlaquant.errors import RecipeError, VlaquantError
+from vlaquant.evaluate.evaluation import evaluate_language, evaluate_policy, table
+from vlaquant.pipeline import plan, quantize
+from vlaquant.plan import plan_from_dict
+from vlaquant.recipe import load_recipe
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 bad usage."""
+    args = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(message)s")
+    if not args.debug:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    try:
+        args.command(args)
+    except VlaquantError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"vlaquant: error: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        print("vlaquant: interrupted; nothing was written", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlaquant", description="Quantize a vision-language-action policy, and prove it."
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and the log")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    run = commands.add_parser("quantize", help="write a packed checkpoint")
+    _add_recipe_arguments(run)
+    run.add_argument("--output", type=Path, help="directory to write; overrides the recipe's")
+    run.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    run.set_defaults(command=_quantize)
+
+    show = commands.add_parser("plan", help="print what a recipe would do to a model")
+    _add_recipe_arguments(show)
+    show.add_argument("--layers", action="store_true", help="one line a layer")
+    show.set_defaults(command=_plan)
+
+    evaluate = commands.add_parser("eval", help="compare a quantized checkpoint with its float original")
+    evaluate.add_argument("--model", type=Path, required=True, help="the quantized directory")
+    evaluate.add_argument("--reference", type=Path, required=True, help="the float directory")
+    data = evaluate.add_mutually_exclusive_group(required=True)
+    data.add_argument("--episodes", type=Path, help="recorded episodes with a split 'evaluation' (policies)")
+    data.add_argument("--text", type=Path, help="a text file (language models)")
+    evaluate.add_argument("--unnorm-key", help="dataset whose action statistics apply, if the policy knows several")
+    evaluate.add_argument("--samples", type=int, help="observations, or windows of text (default: all, or 32)")
+    evaluate.add_argument("--sequence-length", type=int, default=512, help="tokens of one window of text")
+    evaluate.add_argument("--rollouts", type=int, default=0, metavar="N", help="paired closed-loop episodes a task")
+    evaluate.add_argument("--json", type=Path, help="write the result here too")
+    evaluate.set_defaults(command=_evaluate)
+
+    inspect = commands.add_parser("inspect", help="print what a quantized checkpoint holds")
+    inspect.add_argument("directory", type=Path)
+    inspect.add_argument("--layers", action="store_true", help="one line a layer")
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="the recipe, a YAML file")
+    parser.add_argument("--model", type=Path, help="directory of the float model; overrides the recipe's")
+
+
+def _model_directory(args: argparse.Namespace, recipe_model: Path | None) -> Path:
+    model: Path | None = args.model or recipe_model
+    if model is None:
+        raise RecipeError(f"{args.config}: names no model; add `model:` to it or give --model DIR")
+    return model
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    recipe = load_recipe(args.config)
+    model = _model_directory(args, recipe.model)
+    if args.dry_run:
+        print(plan(model, recipe))
+        return
+    output = args.output or recipe.output
+    if output is None:
+        raise RecipeError(f"{args.config}: names no output; add `output:` to it or give --output DIR")
+    result = quantize(model, recipe, output=output, overwrite=args.overwrite, progress=True)
+    print(result)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    recipe = load_recipe(args.config)
+    made = plan(_model_directory(args, recipe.model), recipe)
+    print(made.layer_table() if args.layers else made)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.text is not None:
+        result = evaluate_language(
+            args.model, args.reference, args.text, count=args.samples or 32, length=args.sequence_length
+        )
+    else:
+        result = evaluate_policy(
+            args.model,
+            args.reference,
+            args.episodes,
+            count=args.samples,
+            rollouts=args.rollouts,
+            unnorm_key=args.unnorm_key,
+        )
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(table(result))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    read_config(args.directory)
+    manifest = read_manifest(args.directory)
+    made = plan_from_dict(manifest["plan"])
+    print(made.layer_table() if args.layers else made)
+    print()
+    print(_summary(manifest))
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    size = manifest["bytes_on_disk"]
+    lines = [
+        f"made with   {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}",
+        f"quantizer   {manifest['recipe']['quantizer']['kind']}",
+        f"weights     {size['weights']:,} bytes on disk"
+        + (f", from {size['source_weights']:,}" if size["source_weights"] else ""),
+        f"verified    {manifest['verification']}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

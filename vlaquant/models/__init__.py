@@ -1,0 +1,1 @@
+"""Model classes that we must provide ourselves."""

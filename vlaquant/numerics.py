@@ -1,0 +1,192 @@
+"""The affine map between floats and codes, and how its range is chosen. Tensors in, tensors out.
+
+    q = clamp(round(x / S + Z), qmin, qmax)        x̂ = S · (q - Z)
+
+Letters: n rows (output features), k columns (input features), g groups a row, s = k / g columns a group, t tokens.
+All arithmetic is float32. A scale is rounded to the dtype it is stored in *before* codes are chosen, so that the error
+that is measured is the error that is shipped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlaquant.scheme import Granularity, QuantSpec
+
+#: How a range is chosen: groups [n, g, s] -> (scale, zero), each [n, g, 1].
+Observer = Callable[[Tensor, QuantSpec, torch.dtype], tuple[Tensor, Tensor]]
+
+_MSE_SHRINK_STEPS = 80
+_MSE_SMALLEST = 0.2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """A weight as codes, not yet packed.
+
+    Attributes:
+        codes: int8 [n, k], each in [spec.qmin, spec.qmax].
+        scale: [n, g], in the dtype it will be stored in; g = 1 per channel, and [1, 1] per tensor.
+        zero: int8, shaped as ``scale``; None if symmetric.
+        spec: how to read them.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    spec: QuantSpec
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight [n, k] that these codes stand for, computed in float32, or in float64 if that is wanted."""
+        wide = torch.promote_types(dtype, torch.float32)
+        groups = split_groups(self.codes, self.spec).to(wide)
+        if self.zero is not None:
+            groups -= self.zero.to(wide).unsqueeze(-1)
+        groups *= self.scale.to(wide).unsqueeze(-1)
+        return groups.reshape(self.codes.shape).to(dtype)
+
+
+def split_groups(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """View of [n, k] as [n, g, s], or [1, 1, n·k] per tensor. Needs k divisible by the group size."""
+    if spec.granularity is Granularity.TENSOR:
+        return weight.reshape(1, 1, -1)
+    if spec.granularity is Granularity.CHANNEL:
+        return weight.unsqueeze(1)
+    assert spec.group_size is not None
+    return weight.reshape(weight.shape[0], -1, spec.group_size)
+
+
+def qparams(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for values in [low, high]; the range is widened to contain 0.
+
+    Symmetric: S = max(|low|, |high|) / ((qmax - qmin) / 2), Z = 0. Asymmetric: S = (high - low) / (qmax - qmin),
+    Z = round(qmin - low / S). Both are float32 tensors shaped as ``low``; S has a value that ``dtype`` can hold and is
+    never 0, so that an empty range dequantizes to 0 and not to NaN.
+    """
+    low = low.to(torch.float32).clamp(max=0.0)
+    high = high.to(torch.float32).clamp(min=0.0)
+    steps = spec.qmax - spec.qmin
+    if spec.symmetric:
+        scale = _storable(torch.maximum(-low, high) / (steps / 2), dtype)
+        return scale, torch.zeros_like(scale)
+    scale = _storable((high - low) / steps, dtype)
+    return scale, (spec.qmin - low / scale).round().clamp(spec.qmin, spec.qmax)
+
+
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scale`` as ``dtype`` would hold it, in float32. Zero (an all-zero range, or an underflow) becomes the smallest.
+
+    Small scales are not rare in float16, whose normal numbers end at 6e-5 (a row of 8 bits with values below 0.008), so
+    its subnormals are used. Those of bfloat16 and float32 are not: a CPU that flushes them would divide by zero.
+    """
+    limits = torch.finfo(dtype)
+    smallest = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
+    return scale.clamp(min=smallest, max=limits.max).to(dtype).to(torch.float32)
+
+
+def to_codes(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """clamp(round(x / S + Z)), float32, half to even; ``scale`` and ``zero`` broadcast against ``x``."""
+    return torch.round(x.to(torch.float32) / scale + zero).clamp(spec.qmin, spec.qmax)
+
+
+def from_codes(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """S · (q - Z), the inverse of :func:`to_codes` up to rounding and clamping."""
+    return (codes - zero) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """``x`` after a round trip through its codes, float32."""
+    return from_codes(to_codes(x, scale, zero, spec), scale, zero)
+
+
+def minmax_observer(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The full range: nothing is clipped."""
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    return qparams(low, high, spec, dtype)
+
+
+def mse_observer(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The shrunken range with the least squared error, of 80 between 100 % and 20 % of the full one."""
+    groups = groups.to(torch.float32)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    best_scale, best_zero = qparams(low, high, spec, dtype)
+    best = _squared_error(groups, best_scale, best_zero, spec)
+    for step in range(1, _MSE_SHRINK_STEPS):
+        ratio = 1.0 - (1.0 - _MSE_SMALLEST) * step / _MSE_SHRINK_STEPS
+        scale, zero = qparams(low * ratio, high * ratio, spec, dtype)
+        error = _squared_error(groups, scale, zero, spec)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def percentile_observer(quantile: float) -> Observer:
+    """An observer whose range is the ``quantile`` (in (0.5, 1]) of the values from either side."""
+
+    def observe(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        groups = groups.to(torch.float32)
+        return qparams(_quantile(groups, 1.0 - quantile), _quantile(groups, quantile), spec, dtype)
+
+    return observe
+
+
+def _quantile(groups: Tensor, quantile: float) -> Tensor:
+    """``torch.quantile`` over the last dimension, without its limit of 2^24 values (a whole weight can have more)."""
+    last = groups.shape[-1] - 1
+    position = quantile * last
+    below = min(int(position), last)
+    lower = groups.kthvalue(below + 1, dim=-1, keepdim=True).values
+    upper = groups.kthvalue(min(below + 1, last) + 1, dim=-1, keepdim=True).values
+    return torch.lerp(lower, upper, position - below)
+
+
+def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    return (fake_quantize(groups, scale, zero, spec) - groups).square().sum(dim=-1, keepdim=True)
+
+
+#: Observers that a recipe can name.
+OBSERVERS: dict[str, Observer] = {
+    "minmax": minmax_observer,
+    "mse": mse_observer,
+    "p99.9": percentile_observer(0.999),
+}
+
+
+def quantize_weight(
+    weight: Tensor, spec: QuantSpec, *, scale_dtype: torch.dtype, observer: Observer = minmax_observer
+) -> QuantizedWeight:
+    """Round a weight [n, k] to the nearest codes, with one scale for each group that ``spec`` makes."""
+    groups = split_groups(weight.detach().to(torch.float32), spec)
+    scale, zero = observer(groups, spec, scale_dtype)
+    codes = to_codes(groups, scale, zero, spec)
+    return as_quantized(codes.reshape(weight.shape), scale.squeeze(-1), zero.squeeze(-1), spec, scale_dtype)
+
+
+def as_quantized(
+    codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, scale_dtype: torch.dtype
+) -> QuantizedWeight:
+    """Pack float32 codes [n, k], scale [n, g] and zero [n, g] into their stored dtypes."""
+    return QuantizedWeight(
+        codes=codes.to(torch.int8),
+        scale=scale.to(scale_dtype),
+        zero=None if spec.symmetric else zero.to(torch.int8),
+        spec=spec,
+    )
+
+
+def quantize_tokens(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Dynamic activation quantization: codes int8 [t, k], scale [t, 1] and zero [t, 1] (float32), one range a token."""
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    scale, zero = qparams(low, high, spec, torch.float32)
+    return to_codes(x, scale, zero, spec).to(torch.int8), scale, zero
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise ratio in decibels: 10·log10(Σx² / Σ(x - x̂)²); infinite if equal, NaN for NaN."""
+    reference = reference.to(torch.float32)
+    noise = (reference - approximation.to(torch.float32)).square().sum()
+    return float("inf") if noise == 0 else float(10.0 * torch.log10(reference.square().sum() / noise))

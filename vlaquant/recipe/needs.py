@@ -1,0 +1,34 @@
+"""Which parts of a recipe cannot work without calibration data."""
+
+from vlaquant.errors import RecipeError
+from vlaquant.recipe.sections import Gptq, Recipe
+
+
+def needs_calibration(recipe: Recipe) -> list[str]:
+    """The parts of the recipe that need data, each with the reason; empty if it works without."""
+    reasons = []
+    for position, rule in enumerate(recipe.rules):
+        scheme = rule.resolve_scheme()
+        if scheme is not None and scheme.activation is not None and not scheme.activation.dynamic:
+            reasons.append(f"rules[{position}] ({scheme.name}: activation ranges are fixed beforehand)")
+    for position, transform in enumerate(recipe.transforms):
+        reasons.append(f"transforms[{position}] ({transform.kind}: scales come from activations)")
+    if isinstance(recipe.quantizer, Gptq):
+        reasons.append("quantizer (gptq: minimizes the error on real inputs)")
+    elif recipe.quantizer.clip == "awq":
+        reasons.append("quantizer (clip awq: ranges are searched on real inputs)")
+    return reasons
+
+
+def require_calibration(recipe: Recipe) -> None:
+    """Refuse a recipe that needs data and names none. For callers that got no samples in another way.
+
+    Raises:
+        RecipeError: names every part of the recipe that needs data.
+    """
+    reasons = needs_calibration(recipe)
+    if reasons and recipe.calibration is None:
+        raise RecipeError(
+            f"calibration: missing, but data is needed by {'; '.join(reasons)}. "
+            "Add a section such as 'calibration: {kind: episodes, path: DIR}', or pass samples= in Python"
+        )

@@ -1,0 +1,243 @@
+"""What a recipe can hold: frozen values that are checked when they are made, each class one mapping of the file."""
+
+import fnmatch
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, Field, PlainValidator, PositiveInt, ValidationInfo, model_validator
+
+from vlaquant.errors import RecipeError
+from vlaquant.families import FAMILIES
+from vlaquant.recipe.words import did_you_mean, shown
+from vlaquant.scheme import Granularity, Scheme, get_scheme
+
+#: What to do with a layer whose columns do not divide into the groups of its scheme.
+OnIndivisible = Literal["error", "nearest", "channel", "keep"]
+
+_FLOAT = "float"
+
+
+def _group_size(value: object) -> int | str:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str) and value in {Granularity.CHANNEL, Granularity.TENSOR}:
+        return value
+    raise ValueError(f"must be a positive number of columns, 'channel' or 'tensor', got {shown(value)}")
+
+
+def _anchored(path: Path, info: ValidationInfo) -> Path:
+    """``path`` as seen from the recipe file's folder; as it is for a recipe that came as a mapping."""
+    folder: Path | None = (info.context or {}).get("folder")
+    return path if folder is None else Path(os.path.normpath(folder / path.expanduser()))
+
+
+def _known_scheme(name: str) -> str:
+    if name != _FLOAT:
+        try:
+            get_scheme(name)
+        except RecipeError as error:
+            raise ValueError(f"{error} ({_FLOAT!r} keeps layers as they are)") from error
+    return name
+
+
+def _known_family(name: str) -> str:
+    known = ["auto", *FAMILIES]
+    if name not in known:
+        raise ValueError(f"unknown family {name!r}; known families: {', '.join(known)}{did_you_mean(name, known)}")
+    return name
+
+
+def _valid_pattern(pattern: str) -> str:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+Name = Annotated[str, Field(min_length=1)]
+GroupSize = Annotated[int | Literal["channel", "tensor"], PlainValidator(_group_size)]
+RecipePath = Annotated[Path, Field(strict=False), AfterValidator(_anchored)]
+
+
+class Section(BaseModel, frozen=True, extra="forbid", strict=True):
+    """A mapping of the recipe: no key beyond those declared, no conversion between types."""
+
+
+class Rule(Section):
+    """Which Linears get which scheme. The first rule that matches a layer decides.
+
+    Attributes:
+        part: a part of the model, such as ``vision``, ``projector``, ``language`` or ``action``.
+        pattern: instead of ``part``, a glob on module names, or ``re:`` and a regular expression for all of the name.
+        scheme: a preset of :data:`vlaquant.scheme.PRESETS`, or ``float``.
+        bits: overrides the preset's weight, as ``symmetric`` and ``group_size`` do.
+        on_indivisible: overrides the recipe's.
+    """
+
+    part: Name | None = None
+    pattern: Annotated[Name, AfterValidator(_valid_pattern)] | None = None
+    scheme: Annotated[str, AfterValidator(_known_scheme)]
+    bits: int | None = None
+    symmetric: bool | None = None
+    group_size: GroupSize | None = None
+    on_indivisible: OnIndivisible | None = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if (self.part is None) == (self.pattern is None):
+            raise ValueError("needs exactly one of 'part' and 'pattern'")
+        if self.scheme == _FLOAT and self._overrides():
+            raise ValueError(f"scheme {_FLOAT!r} keeps weights as they are; remove {', '.join(self._overrides())}")
+        try:
+            self.resolve_scheme()
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def _overrides(self) -> dict[str, Any]:
+        values = {"bits": self.bits, "symmetric": self.symmetric, "group_size": self.group_size}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @property
+    def target(self) -> str:
+        """What the rule looks for: its part or its pattern."""
+        target = self.pattern if self.part is None else self.part
+        assert target is not None
+        return target
+
+    def matches(self, name: str, part: str) -> bool:
+        """Whether the rule is about the module called ``name``, which belongs to ``part``."""
+        if self.pattern is None:
+            return part == self.part
+        if self.pattern.startswith("re:"):
+            return re.fullmatch(self.pattern.removeprefix("re:"), name) is not None
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+    def resolve_scheme(self) -> Scheme | None:
+        """The preset with this rule's overrides; None keeps the layers float."""
+        if self.scheme == _FLOAT:
+            return None
+        scheme = get_scheme(self.scheme)
+        overrides = self._overrides()
+        return scheme.with_weight(**overrides) if overrides else scheme
+
+
+class SmoothQuant(Section):
+    """Move outliers from activations into weights: none of them at ``alpha`` 0, all at 1."""
+
+    kind: Literal["smoothquant"] = "smoothquant"
+    alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+
+
+class Awq(Section):
+    """Scale up the columns that matter most before rounding; ``grid`` strengths are tried."""
+
+    kind: Literal["awq"] = "awq"
+    grid: PositiveInt = 20
+
+
+class Rtn(Section):
+    """Round each weight to the nearest code.
+
+    Attributes:
+        clip: a group's range: all of it, or searched for the least error on weights (``mse``) or outputs (``awq``).
+    """
+
+    kind: Literal["rtn"] = "rtn"
+    clip: Literal["minmax", "mse", "awq"] = "minmax"
+
+
+class Gptq(Section):
+    """Round column by column and let the columns that are left make up for the error.
+
+    Attributes:
+        clip: as for rtn.
+        damp: share of the Hessian's mean diagonal that is added to the diagonal.
+        block_size: columns that are corrected together; changes speed, not the result.
+        act_order: begin with the columns that see the largest activations.
+    """
+
+    kind: Literal["gptq"] = "gptq"
+    clip: Literal["minmax", "mse", "awq"] = "minmax"
+    damp: float = Field(default=0.01, gt=0.0, le=1.0)
+    block_size: PositiveInt = 128
+    act_order: bool = True
+
+
+class Episodes(Section):
+    """Recorded robot episodes: observations, evenly spread over one split of a ``datasets`` folder.
+
+    Attributes:
+        unnorm_key: dataset whose action statistics apply; can be left out if the checkpoint knows only one.
+        min_tokens: it is an error if a layer sees fewer.
+    """
+
+    kind: Literal["episodes"] = "episodes"
+    path: RecipePath
+    unnorm_key: Name | None = None
+    split: Name = "calibration"
+    samples: PositiveInt = 64
+    min_tokens: PositiveInt = 32
+
+
+class Text(Section):
+    """A text file: ``samples`` windows of ``sequence_length`` tokens, evenly spread.
+
+    Attributes:
+        min_tokens: it is an error if a layer sees fewer.
+    """
+
+    kind: Literal["text"] = "text"
+    path: RecipePath
+    samples: PositiveInt = 64
+    sequence_length: PositiveInt = 512
+    min_tokens: PositiveInt = 32
+
+
+Transform = Annotated[SmoothQuant | Awq, Field(discriminator="kind")]
+Quantizer = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+Calibration = Annotated[Episodes | Text, Field(discriminator="kind")]
+
+#: Key of the recipe -> {kind: the section it then holds}.
+KINDS: dict[str, dict[str, type[Section]]] = {
+    "transforms": {"smoothquant": SmoothQuant, "awq": Awq},
+    "quantizer": {"rtn": Rtn, "gptq": Gptq},
+    "calibration": {"episodes": Episodes, "text": Text},
+}
+
+
+def _some_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    if not rules:
+        raise ValueError("is empty, so nothing would be quantized; add one such as {part: language, scheme: w4a16}")
+    return rules
+
+
+class Recipe(Section):
+    """All decisions of one quantization run.
+
+    Attributes:
+        family: ``auto``, or a name of :data:`vlaquant.families.FAMILIES`.
+        model: checkpoint directory to read.
+        output: directory to write.
+        rules: the first that matches a layer decides; a layer that none matches stays float.
+        transforms: done in this order, before the quantizer.
+        calibration: data; can be left out if nothing needs it or samples come from Python.
+    """
+
+    family: Annotated[str, AfterValidator(_known_family)] = "auto"
+    model: RecipePath | None = None
+    output: RecipePath | None = None
+    rules: Annotated[tuple[Rule, ...], Field(strict=False), AfterValidator(_some_rules)]
+    on_indivisible: OnIndivisible = "error"
+    transforms: Annotated[tuple[Transform, ...], Field(strict=False)] = ()
+    quantizer: Quantizer = Rtn()
+    calibration: Calibration | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values with all defaults written out; ``load_recipe`` turns them back into this recipe."""
+        return self.model_dump(mode="json")
