@@ -45,10 +45,11 @@ def rounding(spec: QuantSpec):
 
 def search(weights: list[Tensor], stats: ActStats, quantize, *, grid: int = 20, module: types.ModuleType = real):
     """AWQ's search with the error of rounded weights, as the pipeline calls it for weight-only schemes."""
-    assert stats.hessian is not None
+    hessian = stats.hessian
+    assert hessian is not None
 
     def loss(scale: Tensor) -> float:
-        return sum(weight_loss(quantize(w * scale) / scale - w, stats.hessian) for w in weights)
+        return sum((weight_loss(quantize(w * scale) / scale - w, hessian) for w in weights), 0.0)
 
     return module.awq_scale(stats.mean_abs, loss, grid=grid)
 

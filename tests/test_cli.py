@@ -4,12 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import llama, save_llama
 
-from vlaquant import checkpoint
 from vlaquant.cli import main
 
 RULES = [{"part": "language", "scheme": "w4a16", "group_size": 64}]
@@ -98,13 +96,19 @@ def test_missing_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
 
 
+def _poison(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, directory / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda d: (d / "config.json").unlink(), "no config.json"),
         (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:5000]), "truncated"),
         (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pickled weights"),
-        (lambda d: _poison(d), "NaN or infinite"),
+        (_poison, "NaN or infinite"),
     ],
     ids=["no config", "truncated", "pickle", "nan weights"],
 )
@@ -113,12 +117,6 @@ def test_bad_models(
 ) -> None:
     change(source)
     assert message in fails(capsys, tmp_path, ["--config", recipe(tmp_path), "--model", str(source)])
-
-
-def _poison(directory: Path) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("nan")
-    save_file(tensors, directory / "model.safetensors")
 
 
 def test_nan_activations(source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,11 +180,10 @@ def test_output_that_is_not_empty(source: Path, tmp_path: Path, capsys: pytest.C
 def test_full_disk(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_to_a_full_device(tensors: dict[str, torch.Tensor], path: Path, **_: object) -> None:
-        with Path("/dev/full").open("wb") as file:
-            file.write(b"0" * 10**6)
+    def save_to_a_full_device(*_: object, **__: object) -> None:
+        Path("/dev/full").write_bytes(b"0" * 10**6)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_to_a_full_device)
+    monkeypatch.setattr("vlaquant.checkpoint.save_file", save_to_a_full_device)
     message = fails(capsys, tmp_path, ["--config", recipe(tmp_path), "--model", str(source)])
     assert "No space left on device" in message
 

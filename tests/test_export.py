@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import vlaquant
-from vlaquant.checkpoint import MANIFEST, read_config, read_manifest, write_json
+from vlaquant.checkpoint import MANIFEST, read_config, read_manifest, write_json, write_tensors
 from vlaquant.errors import CheckpointError, ExportError
-from vlaquant.export import compressed_tensors, writing
 from vlaquant.export.compressed_tensors import (
     file_tensors,
+    format_of,
     from_quantization_config,
     quantized_layers,
     target_patterns,
@@ -37,7 +37,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the fresh process, where a test compares in its own way."""
-    monkeypatch.setattr(writing, "verify", lambda *args, **kwargs: {"tensors": 0, "output": "skipped by a test"})
+    monkeypatch.setattr("vlaquant.export.writing.verify", lambda *_: {"tensors": 0, "output": "skipped by a test"})
 
 
 def write_llama(
@@ -56,7 +56,8 @@ def test_the_real_consumer_computes_the_same(tmp_path: Path, scheme: str, dtype:
     pytest.importorskip("compressed_tensors")
     packed = write_llama(tmp_path, {"part": "language", **SCHEMES[scheme]}, dtype=dtype)
     ours = vlaquant.load(packed)
-    theirs, info = AutoModelForCausalLM.from_pretrained(packed, dtype=dtype, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(packed, dtype=dtype, output_loading_info=True)
+    theirs, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     with torch.inference_mode():
@@ -75,7 +76,7 @@ def test_mixed_schemes_in_one_checkpoint(tmp_path: Path) -> None:
     )
     assert read_config(packed)["quantization_config"]["format"] == "mixed-precision"
     ours = vlaquant.load(packed)
-    theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16).eval()
+    theirs: Any = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16).eval()
     with torch.inference_mode():
         mine, other = ours(TOKENS).logits.float(), theirs(TOKENS).logits.float()
     assert float((mine - other).norm() / other.norm()) < 3e-2
@@ -106,20 +107,19 @@ def test_openvla_is_verified_in_a_fresh_process(tmp_path: Path) -> None:
     loaded = vlaquant.load(packed)
     assert isinstance(loaded, OpenVLAForActionPrediction)
     image = observations(1)[0].image
-    assert (loaded.predict_action(image, "push") == result.model.predict_action(image, "push")).all()
+    quantized: Any = result.model
+    assert (loaded.predict_action(image, "push") == quantized.predict_action(image, "push")).all()
 
 
 def test_a_file_that_differs_is_noticed_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = writing.write_tensors
-
     def flip_one_code(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-        original(directory, tensors)
+        write_tensors(directory, tensors)
         file = directory / "model.safetensors"
         written = load_file(file)
         written["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 1
         save_file(written, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(writing, "write_tensors", flip_one_code)
+    monkeypatch.setattr("vlaquant.export.writing.write_tensors", flip_one_code)
     with pytest.raises(ExportError, match=r"1 tensors differ.*up_proj\.weight_packed"):
         write_llama(tmp_path, {"part": "language", **SCHEMES["w4 group"]})
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -197,4 +197,4 @@ def test_ignore_is_empty_and_targets_are_anchored() -> None:
     assert config["ignore"] == []
     targets = [target for group in config["config_groups"].values() for target in group["targets"]]
     assert all(target.startswith("re:^") and target.endswith("$") for target in targets)
-    assert compressed_tensors.format_of(next(iter(quantized_layers(model).values()))) == "int-quantized"
+    assert format_of(next(iter(quantized_layers(model).values()))) == "int-quantized"

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from vlaquant.models.openvla import (
     TowerConfig,
 )
 from vlaquant.models.openvla.configuration import TIMM_TOWERS, tower_from_timm_id
-from vlaquant.models.openvla.vision import Attention, LayerScale, Projector, VisionBackbone, VisionTower
+from vlaquant.models.openvla.vision import Attention, LayerScale, Mlp, Projector, VisionBackbone, VisionTower
 
 TIMM = json.loads((DATA / "timm_towers.json").read_text(encoding="utf-8"))
 
@@ -49,7 +50,7 @@ def test_features_logits_and_loss_are_the_original_ones(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prompt_image_and_tokens_are_the_original_ones(name):
-    model = reference_model(name)
+    model: Any = reference_model(name)
     wanted = expected(name, "tokens")
     input_ids, pixel_values = model.encode(tensors(name)["input.image"].numpy(), record()["instruction"])
     torch.testing.assert_close(pixel_values, inputs(name)["pixel_values"][:1], rtol=0, atol=1e-6)
@@ -114,9 +115,9 @@ def _one_head(model, monkeypatch):
 
 
 def _plain_gelu(model, monkeypatch):
-    for tower in _towers(model):
-        for block in tower.blocks:
-            block.mlp.act = nn.GELU()
+    for module in model.modules():
+        if isinstance(module, Mlp):
+            module.act = nn.GELU()
 
 
 def _one_activation_less(model, monkeypatch):
@@ -174,11 +175,12 @@ def published(tmp_path, monkeypatch):
 
 def test_published_directory_loads_without_remote_code(published):
     assert type(AutoConfig.from_pretrained(published)) is OpenVLAConfig
-    processor = AutoProcessor.from_pretrained(published)
+    processor: Any = AutoProcessor.from_pretrained(published)
     assert type(processor) is PrismaticProcessor
     assert type(processor.image_processor) is PrismaticImageProcessor
     assert processor.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(published).get_vocab()
-    model, report = AutoModelForImageTextToText.from_pretrained(published, output_loading_info=True)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(published, output_loading_info=True)
+    model, report = loaded
     assert type(model) is OpenVLAForActionPrediction
     assert not any(report.values()), report
     stored = weights("fused")
@@ -188,7 +190,7 @@ def test_published_directory_loads_without_remote_code(published):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, None])
 def test_published_directory_loads_in_one_dtype_and_acts(published, dtype):
     chosen = {} if dtype is None else {"dtype": dtype}
-    model = AutoModelForImageTextToText.from_pretrained(published, **chosen)
+    model: Any = AutoModelForImageTextToText.from_pretrained(published, **chosen)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype or torch.bfloat16}
     assert model.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
     model.processor = AutoProcessor.from_pretrained(published)
@@ -199,15 +201,17 @@ def test_published_directory_loads_in_one_dtype_and_acts(published, dtype):
 
 
 def test_attention_implementation_reaches_the_language_model(published):
-    model = AutoModelForImageTextToText.from_pretrained(published, attn_implementation="eager", dtype=torch.float32)
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        published, attn_implementation="eager", dtype=torch.float32
+    )
     assert model.language_model.config._attn_implementation == "eager"
 
 
 def test_saved_directory_predicts_the_same(published, tmp_path):
-    model = reference_model("fused")
+    model: Any = reference_model("fused")
     model.save_pretrained(tmp_path / "again")
     model.processor.save_pretrained(tmp_path / "again")
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
+    again: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
     assert differences(again, "fused") == {}
     again.processor = AutoProcessor.from_pretrained(tmp_path / "again")
     image, instruction = tensors("fused")["input.image"].numpy(), record()["instruction"]
@@ -256,7 +260,7 @@ def test_openvla_7b_from_its_published_fields():
 
 
 def test_activation_override_reaches_the_towers():
-    tower = {"width": 8, "depth": 2, "heads": 2, "mlp": 8, "patch": 7}
+    tower: dict[str, Any] = {"width": 8, "depth": 2, "heads": 2, "mlp": 8, "patch": 7}
     config = OpenVLAConfig(
         vision_towers=[tower, tower], image_sizes=[28, 28], timm_override_act_layers=[None, "quick_gelu"]
     )

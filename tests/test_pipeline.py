@@ -14,8 +14,9 @@ from vlaquant.errors import CalibrationError, CheckpointError, PlanError, Recipe
 from vlaquant.families import FAMILIES
 from vlaquant.linear import W4A16Linear, W8A8Linear
 from vlaquant.numerics import sqnr_db
-from vlaquant.passes import model as passes_model
+from vlaquant.passes.layer import quantize_layer
 from vlaquant.pipeline import quantize
+from vlaquant.result import QuantizationResult
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "w4 group": {"scheme": "w4a16", "group_size": 64},
@@ -26,6 +27,17 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w8a8": {"scheme": "w8a8"},
     "w8a8 static": {"scheme": "w8a8_static"},
     "w4a8": {"scheme": "w4a8", "group_size": 64},
+}
+#: Least signal-to-noise ratio of the model's output, about 2 dB below the worst pair of quantizer and family.
+LEAST_DB = {
+    "w4 group": 14,
+    "w4 group asymmetric": 16,
+    "w3 channel": 7,
+    "w8": 38,
+    "w8 tensor": 35,
+    "w8a8": 35,
+    "w8a8 static": 33,
+    "w4a8": 14,
 }
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "rtn": {"quantizer": {"kind": "rtn"}},
@@ -72,44 +84,55 @@ def make(family: str) -> tuple[nn.Module, str, dict[str, Any], Callable[[nn.Modu
     return llama(), "language", {"samples": WINDOWS}, lambda model: model(WINDOWS[0]).logits
 
 
+def run(family: str, quantizer: str, scheme: str, seed: int = 0) -> tuple[QuantizationResult, Tensor, Tensor]:
+    """The result, and the output before and after. ``seed`` is that of torch, which must not matter."""
+    model, part, arguments, output = make(family)
+    with torch.inference_mode():
+        before = output(model)
+    torch.manual_seed(seed)
+    result = quantize(model, {"rules": [{"part": part, **SCHEMES[scheme]}], **QUANTIZERS[quantizer]}, **arguments)
+    with torch.inference_mode():
+        return result, before, output(model)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_contract(family: str, quantizer: str, scheme: str) -> None:
-    outputs, results = [], []
-    for _ in range(2):
-        model, part, arguments, output = make(family)
-        with torch.inference_mode():
-            before = output(model)
-        results.append(
-            quantize(model, {"rules": [{"part": part, **SCHEMES[scheme]}], **QUANTIZERS[quantizer]}, **arguments)
-        )
-        with torch.inference_mode():
-            outputs.append(output(model))
-    result = results[0]
+    result, before, after = run(family, quantizer, scheme)
     packed = {name for name, module in result.model.named_modules() if isinstance(module, W4A16Linear | W8A8Linear)}
     assert packed == set(result.plan.quantized), "the plan says what the model is"
     assert {record.name for record in result.layers} == packed
-    assert torch.equal(outputs[0], outputs[1]), "deterministic"
-    assert sqnr_db(before, outputs[0]) > (9.0 if "w3" in scheme else 12.0)
-    assert all(
-        record.loss <= record.loss_rtn for record in result.layers if record.loss is not None and record.loss_rtn
-    )
+    assert sqnr_db(before, after) > LEAST_DB[scheme]
+    wanted = QUANTIZERS[quantizer]
+    transforms = [] if family == "generic" else [transform["kind"] for transform in wanted.get("transforms", [])]
+    assert {record.kind for record in result.transforms} == set(transforms), "generic models have no folds"
+    asked = f"{wanted['quantizer']['kind']} {wanted['quantizer'].get('clip', 'minmax')}"
+    for record in result.layers:
+        assert record.quantizer == asked or "reverted" in record.notes[-1], record
+        assert record.loss is not None, record
+        assert record.loss_rtn is not None, record
+        assert record.loss <= record.loss_rtn, record
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_same_twice(quantizer: str) -> None:
+    first, second = (run("openvla", quantizer, "w8a8 static", seed)[0].model.state_dict() for seed in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_contract_notices_a_broken_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = passes_model.quantize_layer
-
     def negated(name: str, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return original(name, -weight, *args, **kwargs)
+        return quantize_layer(name, -weight, *args, **kwargs)
 
-    monkeypatch.setattr(passes_model, "quantize_layer", negated)
-    with pytest.raises(AssertionError):
+    monkeypatch.setattr("vlaquant.passes.model.quantize_layer", negated)
+    with pytest.raises(AssertionError, match="sqnr_db"):
         test_contract("causal_lm", "rtn", "w8")
 
 
 def test_a_fold_that_changes_the_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes_model, "transform_group_", _scale_only_the_targets)
+    monkeypatch.setattr("vlaquant.passes.model.transform_group_", _scale_only_the_targets)
     model, _, arguments, _ = make("causal_lm")
     with pytest.raises(CalibrationError, match="do not fit this model"):
         quantize(

@@ -42,13 +42,14 @@ def test_every_layer_has_a_reason() -> None:
 
 def test_predicted_bytes_are_the_packed_layers_bytes() -> None:
     model = openvla(dtype=torch.bfloat16)
-    for rule in (
-        {"part": "vision", "scheme": "w4a16", "group_size": 64, "symmetric": False},
-        {"part": "vision", "scheme": "w3a16", "group_size": "channel"},
-        {"part": "vision", "scheme": "w8a16", "group_size": "tensor"},
-        {"part": "vision", "scheme": "w8a8"},
-    ):
-        made = make(model, rule, family="openvla")
+    rules: list[dict[str, object]] = [
+        {"scheme": "w4a16", "group_size": 64, "symmetric": False},
+        {"scheme": "w3a16", "group_size": "channel"},
+        {"scheme": "w8a16", "group_size": "tensor"},
+        {"scheme": "w8a8"},
+    ]
+    for rule in rules:
+        made = make(model, {"part": "vision", **rule}, family="openvla")
         for layer in made.quantized.values():
             assert layer.scheme is not None
             kind = W4A16Linear if layer.scheme.activation is None else W8A8Linear

@@ -175,7 +175,10 @@ GOOD = "rules: [{part: language, scheme: w4a16}]\n"
         ),
         (f"{GOOD}quantizer: {{kind: gptq, damp: much}}", "quantizer.damp: must be a number, got 'much'"),
         (f"{GOOD}quantizer: {{kind: gptq, act_order: 1}}", "quantizer.act_order: must be true or false, got 1"),
-        (f"{GOOD}quantizer: {{kind: gptq, clip: mze}}", "quantizer.clip: must be one of minmax, mse, awq, got 'mze'; did you mean 'mse'?"),
+        (
+            f"{GOOD}quantizer: {{kind: gptq, clip: mze}}",
+            "quantizer.clip: must be one of minmax, mse, awq, got 'mze'; did you mean 'mse'?",
+        ),
         (f"{GOOD}quantizer: {{kind: rtn, damp: 0.1}}", "quantizer.damp: unknown key; legal keys here: kind, clip"),
         (f"{GOOD}calibration: {{kind: text}}", "recipe.yaml:2: calibration.path: missing"),
         (

