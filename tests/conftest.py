@@ -1,4 +1,4 @@
-"""What all tests share: one thread, fixed seeds, no network, and markers that explain why they skip."""
+"""What all tests share: one thread, fixed seeds, no network, and tests for a GPU that say why they skip."""
 
 import os
 import random
@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,12 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what is read from temporary directories out of the user's cache."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -45,7 +45,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 _LOCAL_PATH = re.compile(r"(?<![\w.$}])(?:/(?:work|home|root|Users)/\w|/tmp/dev\b|[A-Z]:\\Users)")
-_TEXT_SUFFIXES = {".cfg", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}
+_TEXT_SUFFIXES = {".cfg", ".csv", ".html", ".json", ".md", ".py", ".sh", ".svg", ".toml", ".txt", ".yaml", ".yml", ""}
 _TEXT_FOLDERS = [".ci", "bench", "configs", "docs", "examples", "scripts", "tests", "vlaquant"]
 
 

@@ -8,30 +8,13 @@ import pytest
 import torch
 from oracles import mutant, naive_statistics
 from torch import Tensor, nn
-from torch.nn import functional as F
+from watched import Block, hook_count
 
 from vlaquant.calibrate import ActStats, Observation, observe
 from vlaquant.calibrate import observation as real_observation
 from vlaquant.errors import CalibrationError
 
 FIELDS = ("channel_low", "channel_high", "mean_abs", "hessian", "sample")
-
-
-class Block(nn.Module):
-    """q, k and v read one tensor, gate and up another; ``odd`` reads what q reads in every second call only."""
-
-    def __init__(self, k: int = 8) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(k, k) for _ in range(4))
-        self.gate, self.up, self.odd, self.unused = (nn.Linear(k, k) for _ in range(4))
-        self.down = nn.Linear(k, k)
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        x = x + self.o(torch.tanh(self.q(x) * self.k(x)) + self.v(x))
-        side = self.odd(x if self.calls % 2 else x * 2.0)
-        return self.down(F.relu(self.gate(x)) * self.up(x)) + side
 
 
 class Model(nn.Module):
@@ -208,10 +191,6 @@ def test_statistics_may_be_read_on_the_way() -> None:
         model(samples[1])
     assert (early.tokens, observation.stats()["blocks.0.q"].tokens) == (5, 11)
     assert torch.equal(early.hessian, hessian)
-
-
-def hook_count(model: nn.Module) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
 def test_hooks_are_removed_even_after_an_error() -> None:

@@ -1,12 +1,13 @@
 """The command as a user meets it: exit codes, messages, and nothing written when something is wrong."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny import llama, save_llama
+from tiny import llama, observations, openvla, save_llama, save_observations, save_openvla
 
 from vlaquant.cli import main
 
@@ -60,6 +61,36 @@ def test_quantize_inspect_and_eval(
     printed = capsys.readouterr().out
     assert "perplexity" in printed
     assert (tmp_path / "r.json").is_file()
+
+
+def test_eval_of_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    episodes = save_observations(tmp_path / "episodes", "evaluation", observations(4))
+    paths = [str(save_openvla(tmp_path / f"policy{seed}", openvla(seed=seed))) for seed in range(2)]
+    arguments = ["--model", paths[0], "--episodes", str(episodes), "--json", str(tmp_path / "r.json")]
+    assert main(["eval", *arguments, "--reference", paths[1], "--samples", "3"]) == 0
+    assert "3 observations" in capsys.readouterr().out
+    different = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["actions"]
+    assert different["token_agreement"] < 1.0 < different["bin_distance"]
+    assert main(["eval", *arguments, "--reference", paths[0]]) == 0
+    assert "100.0%" in capsys.readouterr().out
+    same = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["actions"]
+    assert (same["token_agreement"], same["mean_l1"], same["observations"]) == (1.0, 0.0, 4)
+
+
+def test_eval_refuses_a_language_model_as_a_policy(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--model", str(source), "--reference", str(source), "--episodes", str(tmp_path)]) == 1
+    assert "not both OpenVLA policies" in capsys.readouterr().err
+
+
+def test_interruption(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlaquant.cli.plan", interrupted)
+    assert main(["plan", "--config", recipe(tmp_path), "--model", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "vlaquant: interrupted; nothing was written\n"
 
 
 def test_dry_run_and_plan_write_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """What is written reads back equal: by us, and by transformers with compressed-tensors."""
 
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from vlaquant.export.compressed_tensors import (
     target_patterns,
     to_quantization_config,
 )
+from vlaquant.export.verify import digest, verify
+from vlaquant.families import FAMILIES
 from vlaquant.models.openvla import OpenVLAForActionPrediction
 
 TOKENS = torch.arange(20).reshape(1, 20)
@@ -125,6 +129,49 @@ def test_a_file_that_differs_is_noticed_and_nothing_is_left(tmp_path: Path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.usefixtures("unverified")
+def test_a_policy_from_memory_brings_its_processor(tmp_path: Path) -> None:
+    policy = openvla()
+    image = observations(1)[0].image
+    vlaquant.quantize(policy, {"rules": [{"part": "language", "scheme": "w8a8"}]}, output=tmp_path / "packed")
+    loaded: Any = vlaquant.load(tmp_path / "packed")
+    assert (loaded.predict_action(image, "push") == policy.predict_action(image, "push")).all()
+    side = read_manifest(tmp_path / "packed")["side_files_sha256"]
+    assert {"tokenizer.json", "processor_config.json"} <= side.keys()
+
+
+def answers_of(model: nn.Module, output: torch.Tensor) -> Callable[[Path, Path, Path], None]:
+    """What the fresh process leaves behind when all tensors are right."""
+
+    def run(directory: Path, inputs_file: Path, report_file: Path) -> None:
+        digests = {name: digest(tensor) for name, tensor in file_tensors(model).items()}
+        write_json(report_file.with_suffix(".json"), digests)
+        save_file({"output": output}, report_file)
+
+    return run
+
+
+def test_an_output_that_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    inputs = {"input_ids": TOKENS}
+    with torch.inference_mode():
+        right = model(**inputs).logits
+    monkeypatch.setattr("vlaquant.export.verify._run_fresh", answers_of(model, right))
+    assert verify(model, tmp_path, FAMILIES["causal_lm"], inputs)["output_values"] == right.numel()
+    monkeypatch.setattr("vlaquant.export.verify._run_fresh", answers_of(model, right + 0.25))
+    with pytest.raises(ExportError, match=r"all tensors are equal, but the output differs by 0\.25"):
+        verify(model, tmp_path, FAMILIES["causal_lm"], inputs)
+
+
+def test_a_directory_that_does_not_load_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho first >&2\necho it broke >&2\nexit 3\n", encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ExportError, match="a fresh process could not load and run it: it broke"):
+        verify(llama(), tmp_path, FAMILIES["causal_lm"], {"input_ids": TOKENS})
+
+
 def test_unknown_models_are_compared_tensor_by_tensor(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -138,6 +185,9 @@ def test_unknown_models_are_compared_tensor_by_tensor(tmp_path: Path) -> None:
         assert torch.equal(loaded(x), net(x))
     with pytest.raises(CheckpointError, match="pass it"):
         vlaquant.load(tmp_path / "packed")
+    other = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 8))
+    with pytest.raises(CheckpointError, match=r"0: the checkpoint holds a packed layer \(32, 64\)"):
+        vlaquant.load(tmp_path / "packed", model=other)
 
 
 @pytest.mark.usefixtures("unverified")

@@ -63,8 +63,8 @@ def expanded(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     n, k = weight.codes.shape
     scale = weight.scale.float()
     zero = torch.zeros_like(scale) if weight.zero is None else weight.zero.float()
-    repeat = (n, k) if weight.spec.granularity is Granularity.TENSOR else (1, k // scale.shape[1])
-    return tuple(value.repeat_interleave(repeat[1], 1).repeat(repeat[0], 1) for value in (scale, zero))  # type: ignore[return-value]
+    columns = torch.arange(k) * scale.shape[1] // k
+    return scale.expand(n, -1)[:, columns], zero.expand(n, -1)[:, columns]
 
 
 def check_half_step(weight: Tensor, quantized: QuantizedWeight) -> None:
@@ -109,7 +109,7 @@ def check_oracle(weight: Tensor, spec: QuantSpec, dtype: torch.dtype) -> None:
     assert quantized.scale.float().tolist() == scales
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(weight=weights(), spec=specs, dtype=st.sampled_from(DTYPES))
 def test_matches_scalar_oracle(weight: Tensor, spec: QuantSpec, dtype: torch.dtype) -> None:
     check_oracle(weight, spec, dtype)
@@ -133,7 +133,7 @@ def test_oracle_notices_a_broken_map(monkeypatch: pytest.MonkeyPatch, broken: st
         check_half_step(weight, quantize_weight(weight, spec, scale_dtype=torch.float32))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(weight=weights(), spec=specs, dtype=st.sampled_from(DTYPES), observer=st.sampled_from(sorted(OBSERVERS)))
 def test_bounds(weight: Tensor, spec: QuantSpec, dtype: torch.dtype, observer: str) -> None:
     quantized = quantize_weight(weight, spec, scale_dtype=dtype, observer=OBSERVERS[observer])
@@ -149,7 +149,7 @@ def test_bounds(weight: Tensor, spec: QuantSpec, dtype: torch.dtype, observer: s
     check_half_step(weight, quantized)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(weight=weights(), spec=specs)
 def test_minmax_clips_at_most_a_rounding(weight: Tensor, spec: QuantSpec) -> None:
     """With the full range, clamping costs no more than half a step, but for the rounding of zero point and scale."""
@@ -226,7 +226,7 @@ def test_extreme_magnitudes_stay_finite(magnitude: float, symmetric: bool, dtype
     assert torch.isfinite(quantized.dequantize(torch.float64)).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(weight=weights(), spec=specs, dtype=st.sampled_from(DTYPES))
 def test_mse_is_never_worse_than_minmax(weight: Tensor, spec: QuantSpec, dtype: torch.dtype) -> None:
     def squared_error(observer: numerics.Observer) -> Tensor:
@@ -248,7 +248,7 @@ def test_mse_gains_on_an_outlier() -> None:
     assert errors["mse"] > errors["minmax"] + 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weight=weights(), quantile=st.floats(0.5, 1.0, exclude_min=True))
 def test_percentile_is_torch_quantile(weight: Tensor, quantile: float) -> None:
     groups = split_groups(weight, spec_of(4))
@@ -265,7 +265,7 @@ def test_percentile_takes_more_values_than_torch_quantile() -> None:
     assert scale.item() == pytest.approx(0.999 * 2**24 / 127, rel=1e-3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weight=weights(), symmetric=st.booleans())
 def test_tokens_have_a_scale_each(weight: Tensor, symmetric: bool) -> None:  # noqa: FBT001
     spec = QuantSpec(bits=8, granularity=Granularity.TOKEN, symmetric=symmetric, dynamic=True)

@@ -32,7 +32,7 @@ def packed_as_strings(codes: Tensor, bits: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sample=codes_of())
 def test_rows_round_trip_and_match_the_bit_string(sample: tuple[Tensor, int]) -> None:
     codes, bits = sample
@@ -46,7 +46,7 @@ def test_rows_round_trip_and_match_the_bit_string(sample: tuple[Tensor, int]) ->
     assert torch.equal(unpacked, codes)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sample=codes_of())
 def test_columns_round_trip_and_match_the_bit_string(sample: tuple[Tensor, int]) -> None:
     codes, bits = sample
@@ -56,7 +56,7 @@ def test_columns_round_trip_and_match_the_bit_string(sample: tuple[Tensor, int])
     assert torch.equal(unpack_columns(packed, bits, codes.shape[0]), codes)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sample=codes_of())
 def test_is_byte_identical_to_compressed_tensors(sample: tuple[Tensor, int]) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")

@@ -190,6 +190,20 @@ def test_nan_activations_name_the_first_layer() -> None:
         quantize(net, recipe, samples=[good, bad], run=run_net)
 
 
+def test_what_is_out_of_the_ordinary_is_noted() -> None:
+    net = Net().eval()
+    nn.init.zeros_(net.up.weight)
+    nn.init.constant_(net.up.bias, -1.0)
+    samples = torch.randn(40, 64)
+    samples[:, [3, 5]] = 0.0
+    recipe = {"rules": [{"part": "model", "scheme": "w8a8"}], "quantizer": {"kind": "gptq"}}
+    result = quantize(net, recipe, samples=[samples], run=run_net)
+    up, down = result.layers
+    assert up.notes == ("2 input channels are always 0",)
+    assert down.notes == ("128 input channels are always 0", "every input is 0; rounded to nearest")
+    assert f"note: down: {'; '.join(down.notes)}" in str(result)
+
+
 def test_everything_unusable_is_an_error() -> None:
     net = nn.ModuleDict({"mha": nn.MultiheadAttention(16, 2)})
     with pytest.raises(PlanError, match="no layer is left"):

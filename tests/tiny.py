@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -106,6 +107,23 @@ def observations(count: int = 4, seed: int = 0) -> list[Observation]:
         )
         for index in range(count)
     ]
+
+
+def save_observations(directory: Path, split: str, seen: list[Observation]) -> Path:
+    """Write observations as recorded episodes."""
+    rows = [
+        {
+            "image": one.image,
+            "instruction": one.instruction,
+            "action": one.action.tolist(),
+            "episode": one.episode,
+            "task": one.task,
+        }
+        for one in seen
+    ]
+    (directory / split).mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(directory / split / "data.parquet")
+    return directory
 
 
 def llama(*, hidden: int = 64, dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaForCausalLM:

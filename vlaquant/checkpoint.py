@@ -64,7 +64,8 @@ def weight_files(directory: Path) -> list[Path]:
         if missing:
             raise CheckpointError(f"{directory}: the index names files that are missing: {', '.join(missing)}")
         return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
+    single = directory / "model.safetensors"
+    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     if files:
         return files
     pickles = [path.name for pattern in _PICKLES for path in directory.glob(pattern)]
@@ -234,5 +235,10 @@ def _replace(target: Path, complete: Path) -> None:
     old = target.parent / f".{target.name}{_PARTIAL}old-{uuid.uuid4().hex[:8]}"
     if target.exists():
         target.rename(old)
-    complete.rename(target)
+    try:
+        complete.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from vlaquant.calibrate import ActStats
-from vlaquant.calibrate.gathering import Run, gather, recipe_samples
+from vlaquant.calibrate.gathering import Gathered, Run, gather, recipe_samples
 from vlaquant.checkpoint import check_output, check_source, read_config
 from vlaquant.errors import PlanError
 from vlaquant.export import write
@@ -70,16 +69,18 @@ def quantize(
     if samples is None and recipe.calibration is not None:
         samples = recipe_samples(recipe, family, source)
     inputs = family.inputs(model, samples[0]) if samples and run is None else None
-    stats: dict[str, ActStats] = {}
+    gathered = Gathered(made, {}, ())
     if samples is not None:
         if inputs is not None:
             family.check(model, inputs)
         run = run or (lambda model, sample: family.run(model, family.inputs(model, sample)))
-        made, stats = gather(model, made, run, samples, recipe=recipe, progress=_bar("observing", show=progress))
+        gathered = gather(model, made, run, samples, recipe=recipe, progress=_bar("observing", show=progress))
+    made = gathered.plan
     if not made.quantized:
         raise PlanError(f"no layer is left to quantize:\n{made}")
-    works = begin(model, made, stats)
-    transforms = transform_(model, family, works, recipe, inputs, progress=_bar("transforming", show=progress))
+    works = begin(model, gathered)
+    show = _bar("transforming", show=progress)
+    transforms = transform_(model, family, works, recipe, inputs, shared=gathered.shared, progress=show)
     layers = quantize_layers_(model, works, recipe.quantizer, progress=_bar("quantizing", show=progress))
     result = QuantizationResult(model, recipe, made, tuple(transforms), tuple(layers))
     if output is None:

@@ -1,6 +1,7 @@
 """From samples to statistics of every layer that the plan quantizes with data."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ _MIN_TOKENS = 32
 
 #: Takes one sample through the model.
 Run = Callable[[nn.Module, Any], object]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """What calibration found.
+
+    Attributes:
+        plan: as it can be carried out.
+        stats: by layer.
+        shared: sets of layers that read the very same tensors.
+    """
+
+    plan: Plan
+    stats: dict[str, ActStats]
+    shared: tuple[tuple[str, ...], ...]
 
 
 def recipe_samples(recipe: Recipe, family: Family, model_directory: Path | None) -> Sequence[Any]:
@@ -49,11 +65,11 @@ def gather(
     *,
     recipe: Recipe,
     progress: Callable[[Sequence[Any]], Iterable[Any]],
-) -> tuple[Plan, dict[str, ActStats]]:
+) -> Gathered:
     """Probe the model with the first sample, then collect statistics over all.
 
     Returns:
-        The plan with layers that never ran, or whose weight is used elsewhere, taken out; and statistics by layer.
+        The plan with layers that never ran, or whose weight is used elsewhere, taken out; and what was seen.
 
     Raises:
         CalibrationError: no samples, NaN activations, or a layer that saw fewer than the recipe's ``min_tokens``.
@@ -70,4 +86,4 @@ def gather(
                 observation.begin_sample()
                 run(model, sample)
     observation.check(_MIN_TOKENS if recipe.calibration is None else recipe.calibration.min_tokens)
-    return plan, observation.stats()
+    return Gathered(plan, observation.stats(), probed.shared)

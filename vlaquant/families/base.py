@@ -1,11 +1,15 @@
 """What vlaquant must know about a kind of model: names, and how to load and run it. No algorithm lives here."""
 
+import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 #: Tensors that go into the model once, by name; what verification stores to repeat a run in another process.
@@ -23,12 +27,14 @@ class Fold:
         source: a norm, or a Linear whose rows are the targets' columns.
         targets: every Linear that reads the source's output; a fold needs all of them.
         absent: modules that must not exist in the block, where the same names mean something else.
+        present: modules that must exist in it.
     """
 
     block: str
     source: str
     targets: tuple[str, ...]
     absent: tuple[str, ...] = ()
+    present: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,18 @@ class Family:
         return "other"
 
 
+@contextmanager
+def empty_weights(dtype: str | torch.dtype | None) -> Iterator[None]:
+    """Modules made inside have parameters of ``dtype`` on the meta device; their buffers are real."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype) if isinstance(dtype, str) else dtype or before)
+    try:
+        with init_empty_weights(include_buffers=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def find_folds(model: nn.Module, folds: Sequence[Fold]) -> list[FoldGroup]:
     """Every place in ``model`` where a template fits: all modules exist and the widths agree.
 
@@ -116,9 +134,24 @@ def _fits(modules: dict[str, nn.Module], group: FoldGroup) -> bool:
     return isinstance(weight, Tensor) and all(len(weight) == target.in_features for target in targets)
 
 
+@torch.no_grad()
 def norm_offset(norm: nn.Module) -> float:
-    """What a norm adds to its weight before multiplying: 1 for Gemma's RMSNorm, x̂·(1 + w), else 0."""
-    return 1.0 if type(norm).__name__ in {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"} else 0.0
+    """What a norm adds to its weight before multiplying: 1 for Gemma's RMSNorm, x̂·(1 + w), else 0.
+
+    Found by trying: at w = 0 the output is offset·x̂, at w = 1 it is (1 + offset)·x̂.
+    """
+    trial = copy.deepcopy(norm).float()
+    weight = trial.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(getattr(trial, "bias", None), Tensor):
+        nn.init.zeros_(trial.bias)  # type: ignore[arg-type]
+    x = torch.linspace(-2.0, 3.0, len(weight), device=weight.device).unsqueeze(0)
+    weight.zero_()
+    at_zero = trial(x)
+    weight.fill_(1.0)
+    at_one = trial(x)
+    step = at_one - at_zero
+    return round(float((at_zero * step).sum() / step.square().sum()), 3)
 
 
 def nothing_dead(model: nn.Module) -> dict[str, str]:
@@ -137,8 +170,15 @@ def llama_folds(block: str) -> tuple[Fold, ...]:
     mlp = "{block}.mlp"
     return (
         Fold(block, "{block}.input_layernorm", tuple(f"{attention}.{name}_proj" for name in "qkv")),
-        Fold(block, f"{attention}.v_proj", (f"{attention}.o_proj",)),
+        Fold(block, f"{attention}.v_proj", (f"{attention}.o_proj",), absent=(f"{attention}.attn_sub_norm",)),
         Fold(block, "{block}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj"), absent=gemma2),
         Fold(block, "{block}.pre_feedforward_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
-        Fold(block, f"{mlp}.up_proj", (f"{mlp}.down_proj",)),
+        # Without a gate there is an activation between them, and it does not commute with a scale
+        Fold(
+            block,
+            f"{mlp}.up_proj",
+            (f"{mlp}.down_proj",),
+            absent=(f"{mlp}.ffn_sub_norm",),
+            present=(f"{mlp}.gate_proj",),
+        ),
     )

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vlaquant.errors import CalibrationError
-from vlaquant.families.base import Family, Inputs, llama_folds, nothing_dead, nothing_to_check
+from vlaquant.families.base import Family, Inputs, empty_weights, llama_folds, nothing_dead, nothing_to_check
 
 
 def text_samples(directory: Path, text_file: Path, count: int, length: int) -> list[Tensor]:
@@ -36,9 +35,11 @@ def _load(directory: Path) -> nn.Module:
 
 def _build(directory: Path) -> nn.Module:
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
-    return model.eval()
+    with empty_weights(config.dtype):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # parameters that moved to the meta device came apart
+    empty: nn.Module = model.eval()
+    return empty
 
 
 def _owns_config(config: dict[str, Any]) -> bool:

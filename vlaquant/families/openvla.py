@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 from datasets import load_dataset
 from numpy.typing import NDArray
 from PIL import Image
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from vlaquant.errors import CalibrationError
-from vlaquant.families.base import Family, Fold, Inputs, llama_folds
+from vlaquant.families.base import Family, Fold, Inputs, empty_weights, llama_folds
 from vlaquant.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from vlaquant.models.openvla.actions import action_statistics, normalize
 
@@ -82,7 +81,7 @@ def _load(directory: Path) -> nn.Module:
 
 def _build(directory: Path) -> nn.Module:
     config = OpenVLAConfig.from_pretrained(directory, local_files_only=True)
-    with init_empty_weights(include_buffers=False):
+    with empty_weights(config.dtype):
         model = OpenVLAForActionPrediction(config)
     _attach_side_files_(model, directory)
     model.eval()  # type: ignore[no-untyped-call]
@@ -98,7 +97,8 @@ def _attach_side_files_(model: OpenVLAForActionPrediction, directory: Path) -> N
         model.processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
     statistics = directory / "dataset_statistics.json"
     if statistics.is_file():
-        model.config.norm_stats |= json.loads(statistics.read_text(encoding="utf-8"))
+        datasets = json.loads(statistics.read_text(encoding="utf-8"))
+        model.config.norm_stats |= {name: stats for name, stats in datasets.items() if "action" in stats}
 
 
 def _dead(model: nn.Module) -> dict[str, str]:

@@ -1,0 +1,219 @@
+"""Families: folds keep the function of every architecture they fit, and models and directories find their family."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import llama, observations, openvla, save_llama, save_observations
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import vlaquant
+from vlaquant.errors import CalibrationError, CheckpointError
+from vlaquant.families import FAMILIES, FoldGroup, family_of_config, family_of_model, find_folds, norm_offset
+from vlaquant.families.openvla import load_observations
+from vlaquant.passes.fold import fold_norm_
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+#: Largest relative change of outputs in float64, some of whose norms compute in float32 all the same.
+EXACT = 1e-6
+#: Sources of the folds of one block, without its name.
+LLAMA_LIKE = {"input_layernorm", "post_attention_layernorm", "mlp.up_proj"}
+GEMMA_LIKE = {"input_layernorm", "pre_feedforward_layernorm", "mlp.up_proj"}
+ARCHITECTURES = {
+    "llama": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE,
+    "qwen2": LLAMA_LIKE,
+    "qwen3": LLAMA_LIKE,
+    "smollm3": LLAMA_LIKE,
+    "gemma": LLAMA_LIKE,
+    "gemma2": GEMMA_LIKE,
+    "gemma3_text": GEMMA_LIKE,
+    "olmo2": {"mlp.up_proj"},
+    "phi3": set(),
+}
+
+
+def causal_lm(kind: str, **changes: int) -> nn.Module:
+    """Two blocks in float64, with norms and biases that are not at their trivial first values."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(SIZES | changes))
+    model: Any = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.2)
+    return model.double().eval()
+
+
+def logits(model: Any) -> Tensor:
+    return model(input_ids=torch.arange(3, 20).unsqueeze(0), use_cache=False).logits
+
+
+@torch.no_grad()
+def fold_(model: nn.Module, group: FoldGroup, offset: float | None = None) -> None:
+    """Apply a random scale to one fold."""
+    source = model.get_submodule(group.source)
+    targets: list[Any] = [model.get_submodule(name) for name in group.targets]
+    scale = torch.exp(torch.randn(targets[0].in_features, dtype=torch.float64))
+    if not isinstance(source, nn.Linear):
+        fold_norm_(source, scale, targets, offset=norm_offset(source) if offset is None else offset)
+        return
+    source.weight.div_(scale.unsqueeze(-1))
+    if source.bias is not None:
+        source.bias.div_(scale)
+    for target in targets:
+        target.weight.mul_(scale)
+
+
+def change(before: Tensor, after: Tensor) -> float:
+    return float((after - before).norm() / before.norm())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@torch.no_grad()
+def test_folds_keep_the_function(kind: str) -> None:
+    model = causal_lm(kind)
+    before = logits(model)
+    groups = find_folds(model, FAMILIES["causal_lm"].folds)
+    for group in groups:
+        fold_(model, group)
+    found = [group.source.removeprefix("model.layers.").partition(".") for group in groups]
+    assert {(block, name) for block, _, name in found} == {(b, name) for b in "01" for name in ARCHITECTURES[kind]}
+    assert change(before, logits(model)) < EXACT
+
+
+@torch.no_grad()
+def test_folds_of_openvla_keep_the_function() -> None:
+    model = openvla(dtype=torch.float64)
+    input_ids, pixels = model.encode(observations(1)[0].image, "push")
+    before = model(input_ids, pixel_values=pixels.double()).logits
+    groups = find_folds(model, FAMILIES["openvla"].folds)
+    for group in groups:
+        fold_(model, group)
+    blocks = {group.source.rpartition(".blocks.")[0] for group in groups if "norm" in group.source}
+    assert {"vision_backbone.featurizer", "vision_backbone.fused_featurizer"} <= blocks
+    assert change(before, model(input_ids, pixel_values=pixels.double()).logits) < EXACT
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+@torch.no_grad()
+def test_the_wrong_offset_changes_the_function(kind: str) -> None:
+    model = causal_lm(kind)
+    before = logits(model)
+    fold_(model, find_folds(model, FAMILIES["causal_lm"].folds)[0], offset=0.0)
+    assert change(before, logits(model)) > 1e-3
+
+
+@torch.no_grad()
+def test_a_norm_of_the_same_name_elsewhere_changes_the_function() -> None:
+    """Gemma 2 has a ``post_attention_layernorm`` too, but its MLP reads another norm."""
+    model = causal_lm("gemma2")
+    before = logits(model)
+    block = "model.layers.0"
+    fold_(model, FoldGroup(f"{block}.post_attention_layernorm", (f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")))
+    assert change(before, logits(model)) > 1e-3
+
+
+@torch.no_grad()
+def test_values_fold_only_where_every_head_has_its_own() -> None:
+    grouped, full = causal_lm("llama"), causal_lm("llama", num_key_value_heads=4)
+    folds = FAMILIES["causal_lm"].folds
+    assert not [group for group in find_folds(grouped, folds) if group.source.endswith("v_proj")]
+    before = logits(full)
+    (first, second) = [group for group in find_folds(full, folds) if group.source.endswith("v_proj")]
+    assert first.targets == ("model.layers.0.self_attn.o_proj",)
+    fold_(full, first)
+    fold_(full, second)
+    assert change(before, logits(full)) < EXACT
+
+
+def test_models_find_their_family() -> None:
+    assert family_of_model(openvla()).name == "openvla"
+    assert family_of_model(llama()).name == "causal_lm"
+    assert family_of_model(nn.Linear(2, 2)).name == "generic"
+    assert family_of_model(llama(), "generic").name == "generic"
+
+
+def test_directories_find_their_family() -> None:
+    assert family_of_config({"model_type": "openvla"}).name == "openvla"
+    assert family_of_config({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}).name == "causal_lm"
+    assert family_of_config({}, "generic").name == "generic"
+    with pytest.raises(CheckpointError, match=r"'bert'.*no family that vlaquant loads \(openvla, causal_lm\)"):
+        family_of_config({"model_type": "bert", "architectures": ["BertModel"]})
+    with pytest.raises(CheckpointError, match="no family"):
+        family_of_config({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]})
+
+
+def test_parts() -> None:
+    policy, language = FAMILIES["openvla"], FAMILIES["causal_lm"]
+    assert policy.part_of("vision_backbone.featurizer.blocks.0.attn.qkv") == "vision"
+    assert policy.part_of("projector.fc1") == "projector"
+    assert policy.part_of("language_model.model.layers.0.mlp.up_proj") == "language"
+    assert policy.part_of("language_model.lm_head") == "action"
+    assert policy.part_of("something.else") == "other"
+    assert [language.part_of(name) for name in ("model.layers.0.mlp.up_proj", "lm_head")] == ["language", "head"]
+
+
+def test_unknown_models_need_their_owner(tmp_path: Path) -> None:
+    recipe = {"rules": [{"part": "model", "scheme": "w8a8"}]}
+    with pytest.raises(CheckpointError, match=r"Sequential is of no known family.*run\(model, sample\)"):
+        vlaquant.quantize(nn.Sequential(nn.Linear(8, 8)), recipe, samples=[torch.zeros(40, 8)])
+    directory = save_llama(tmp_path / "source", llama())
+    with pytest.raises(CheckpointError, match="build it yourself and pass it"):
+        vlaquant.quantize(directory, recipe | {"family": "generic"})
+
+
+@pytest.mark.parametrize(
+    ("family", "calibration", "message"),
+    [
+        ("openvla", {"kind": "text", "path": "x"}, "text is for language models in a directory, not for openvla"),
+        ("causal_lm", {"kind": "text", "path": "x"}, "text is for language models in a directory"),
+        ("causal_lm", {"kind": "episodes", "path": "x"}, "episodes is for policies, and family causal_lm is none"),
+        ("openvla", {"kind": "episodes", "path": "nowhere"}, "nowhere: no split 'calibration'"),
+    ],
+)
+def test_calibration_that_a_family_cannot_run(family: str, calibration: dict[str, str], message: str) -> None:
+    model = openvla() if family == "openvla" else llama()
+    recipe = {"rules": [{"part": "language", "scheme": "w8a8"}], "quantizer": {"kind": "gptq"}}
+    with pytest.raises(CalibrationError, match=message):
+        vlaquant.quantize(model, recipe | {"calibration": calibration})
+
+
+def test_recorded_episodes_read_back(tmp_path: Path) -> None:
+    written = observations(7)
+    save_observations(tmp_path, "calibration", written)
+    read = load_observations(tmp_path, "calibration", unnorm_key="tiny")
+    assert [one.episode for one in read] == list(range(7))
+    assert {(one.instruction, one.task, one.unnorm_key) for one in read} == {("push", "push", "tiny")}
+    for mine, theirs in zip(read, written, strict=True):
+        assert np.array_equal(np.asarray(mine.image), np.asarray(theirs.image))
+        assert np.array_equal(mine.action, theirs.action)
+    assert [one.episode for one in load_observations(tmp_path, "calibration", 3)] == [0, 3, 6]
+
+
+def test_a_split_without_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "calibration").mkdir()
+    with pytest.raises(CalibrationError, match="calibration: holds no parquet file"):
+        load_observations(tmp_path, "calibration")
+
+
+def test_token_by_token_policies_are_shown_the_demonstrated_action() -> None:
+    policy, sample = openvla(parallel=False), observations(1)[0]
+    prompt, _ = policy.encode(sample.image, sample.instruction)
+    inputs = FAMILIES["openvla"].inputs(policy, sample)
+    shown = inputs["input_ids"][:, prompt.shape[1] :]
+    assert torch.equal(inputs["input_ids"][:, : prompt.shape[1]], prompt)
+    np.testing.assert_allclose(policy.action_tokens.decode(shown[0].numpy()), sample.action.ravel()[:-1], atol=1 / 255)
+    length = inputs["input_ids"].shape[1] + policy.image_tokens
+    assert FAMILIES["openvla"].run(policy, inputs).shape[:2] == (1, length)
