@@ -111,10 +111,11 @@ def test_shards_read_back_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_side_files_travel_byte_for_byte(source: Path, tmp_path: Path) -> None:
     (source / "heads").mkdir()
     (source / "heads" / "action_head.pt").write_bytes(bytes(range(256)))
+    save_file({"w": torch.ones(3)}, source / "action_head.safetensors")
     target = tmp_path / "target"
     target.mkdir()
     sums = copy_side_files(source, target)
-    assert "heads/action_head.pt" in sums
+    assert {"heads/action_head.pt", "action_head.safetensors"} <= sums.keys()
     assert "model.safetensors" not in sums
     assert "config.json" not in sums
     for name in sums:

@@ -106,6 +106,21 @@ def test_folds_of_openvla_keep_the_function() -> None:
     assert change(before, model(input_ids, pixel_values=pixels.double()).logits) < EXACT
 
 
+@pytest.mark.parametrize("kind", ["cohere", "nemotron", "apertus", "vaultgemma", "phi", "llama"])
+@torch.no_grad()
+def test_transforms_keep_the_function_of_unusual_blocks(kind: str) -> None:
+    """Parallel blocks, MLPs without a gate, norms with an offset: folds that do not hold there are left out."""
+    model = causal_lm(kind).float()
+    before = logits(model)
+    samples = [torch.randint(0, 64, (1, 40), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    recipe = {
+        "rules": [{"part": "language", "scheme": "w8a16"}],
+        "transforms": [{"kind": "smoothquant"}, {"kind": "awq"}],
+    }
+    vlaquant.quantize(model, recipe, samples=samples)
+    assert change(before, logits(model)) < 0.03
+
+
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
 @torch.no_grad()
 def test_the_wrong_offset_changes_the_function(kind: str) -> None:

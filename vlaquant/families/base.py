@@ -113,12 +113,9 @@ def find_folds(model: nn.Module, folds: Sequence[Fold]) -> list[FoldGroup]:
                 source=fold.source.format(block=block),
                 targets=tuple(target.format(block=block) for target in fold.targets),
             )
-            unwanted = any(name.format(block=block) in modules for name in fold.absent)
-            if (
-                not unwanted
-                and all(name in modules for name in (group.source, *group.targets))
-                and _fits(modules, group)
-            ):
+            present = {name.format(block=block) for name in fold.present} | {group.source, *group.targets}
+            absent = {name.format(block=block) for name in fold.absent}
+            if present <= modules.keys() and not absent & modules.keys() and _fits(modules, group):
                 found.append(group)
     return found
 
