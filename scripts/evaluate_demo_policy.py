@@ -40,7 +40,7 @@ def main() -> None:
         outcomes = run_jobs(jobs, workers=default_workers(), advance=bar.update)
     result = {tampering: rates(outcomes_of(args.model, outcomes, tampering)) for tampering in TAMPERINGS}
     if args.json is not None:
-        stamped = {"model": str(args.model), "first_seed": FIRST_SEED, "max_steps": MAX_STEPS, "success": result}
+        stamped = {"model": args.model.name, "first_seed": FIRST_SEED, "max_steps": MAX_STEPS, "success": result}
         args.json.write_text(json.dumps(stamped, indent=2) + "\n", encoding="utf-8")
     rows: list[tuple[str, ...]] = [("task", *TAMPERINGS)]
     for task in result[TAMPERINGS[0]]:

@@ -42,8 +42,8 @@ def evaluate_policy(
     error, latency = compare(candidate, original, observations, _progress("comparing actions"))
     result = {
         "kind": "policy",
-        "model": str(model),
-        "reference": str(reference),
+        "model": model.name,
+        "reference": reference.name,
         "bytes": _bytes(model, reference, candidate, original),
         "latency": latency,
         "threads": torch.get_num_threads(),
@@ -62,8 +62,8 @@ def evaluate_language(model: Path, reference: Path, text: Path, *, count: int, l
     error, latency = compare_text(candidate, original, windows, _progress("comparing text"))
     return {
         "kind": "language",
-        "model": str(model),
-        "reference": str(reference),
+        "model": model.name,
+        "reference": reference.name,
         "bytes": _bytes(model, reference, candidate, original),
         "latency": latency,
         "threads": torch.get_num_threads(),
@@ -106,14 +106,19 @@ def table(result: dict[str, Any]) -> str:
     size, latency = result["bytes"], result["latency"]
     for label, key in (("bytes on disk", "disk"), ("bytes in memory", "resident")):
         before, after = size[f"reference_{key}"], size[key]
-        rows.append((label, f"{before / _MIB:.2f} MiB", f"{after / _MIB:.2f} MiB", f"{before / after:.2f}x smaller"))
+        note = _times(before, after, "smaller", "larger")
+        rows.append((label, f"{before / _MIB:.2f} MiB", f"{after / _MIB:.2f} MiB", note))
     for label, key in (("latency, median", "p50_ms"), ("latency, 99 %", "p99_ms")):
         before, after = latency["reference"][key], latency["candidate"][key]
-        rows.append((label, f"{before:.1f} ms", f"{after:.1f} ms", f"{before / after:.2f}x faster"))
+        rows.append((label, f"{before:.1f} ms", f"{after:.1f} ms", _times(before, after, "faster", "slower")))
     rows += _action_rows(result["actions"]) if result["kind"] == "policy" else _language_rows(result["language"])
     if result.get("rollouts"):
         rows += _rollout_rows(result["rollouts"])
     return format_table(rows)
+
+
+def _times(before: float, after: float, less: str, more: str) -> str:
+    return f"{before / after:.2f}x {less}" if after <= before else f"{after / before:.2f}x {more}"
 
 
 def _action_rows(error: dict[str, Any]) -> list[tuple[str, str, str, str]]:
