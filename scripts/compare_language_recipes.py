@@ -30,7 +30,6 @@ ROWS: dict[str, tuple[str, int | None, list[dict[str, Any]], dict[str, Any]]] = 
         ("rtn", [], {"kind": "rtn"}),
         ("awq", _AWQ, {"kind": "rtn", "clip": "awq"}),
         ("gptq", [], {"kind": "gptq"}),
-        ("awq + gptq", _AWQ, {"kind": "gptq"}),
     )
 } | {
     "w8a8 rtn": ("w8a8", None, [], {"kind": "rtn"}),

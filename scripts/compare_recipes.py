@@ -35,6 +35,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, An
             ("smoothquant + gptq", [_SMOOTH], {"kind": "gptq"}, False),
         )
     },
+    # Too coarse on purpose: the measurement has to see damage where there is some
+    "w2 channel rtn": ("w2a16", {"group_size": "channel"}, [], {"kind": "rtn"}, True),
+    "w2 tensor rtn": ("w2a16", {"group_size": "tensor"}, [], {"kind": "rtn"}, True),
     "w8a8 rtn": ("w8a8", {}, [], {"kind": "rtn"}, False),
     "w8a8 smoothquant": ("w8a8", {}, [_SMOOTH], {"kind": "rtn"}, True),
     "w8a8 smoothquant + gptq": ("w8a8", {}, [_SMOOTH], {"kind": "gptq"}, False),
@@ -58,24 +61,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where the quantized policies go")
     parser.add_argument("--rollouts", type=int, default=0, help="paired episodes a task for the rows that drive")
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True, help="rows that it holds already are kept")
+    parser.add_argument("--rows", nargs="*", choices=RECIPES, default=list(RECIPES), metavar="ROW", help="only these")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
     directories = {row: args.work / row.replace(" ", "_") for row in RECIPES}
-    for row in tqdm(RECIPES, desc="recipes"):
+    for row in tqdm(args.rows, desc="recipes"):
         quantized = vlaquant.quantize(_POLICY, recipe(row), output=directories[row], overwrite=True)
         results[row] = evaluate_policy(directories[row], _POLICY, _EPISODES, count=None, rollouts=0)
         results[row]["mean_relative_loss"] = quantized.mean_relative_loss
     if args.rollouts > 0:
-        drivers = [directories[row] for row in RECIPES if RECIPES[row][-1]]
-        jobs = plan_jobs([_POLICY, *drivers], args.rollouts)
+        driving = [row for row in args.rows if RECIPES[row][-1]]
+        jobs = plan_jobs([_POLICY, *(directories[row] for row in driving)], args.rollouts)
         with tqdm(total=sum(len(job.seeds) for job in jobs), desc="episodes") as bar:
             outcomes = run_jobs(jobs, workers=default_workers(), advance=bar.update)
         float_outcomes = outcomes_of(_POLICY, outcomes)
-        for row in RECIPES:
-            if RECIPES[row][-1]:
-                results[row]["rollouts"] = summarize(outcomes_of(directories[row], outcomes), float_outcomes)
+        for row in driving:
+            results[row]["rollouts"] = summarize(outcomes_of(directories[row], outcomes), float_outcomes)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(table(results))

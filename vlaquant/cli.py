@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers.utils import logging as transformers_logging
 
 from vlaquant.checkpoint import read_config, read_manifest
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.debug:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     try:
         args.command(args)
     except VlaquantError as error:
