@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.utils import logging as transformers_logging
 
 from vlaquant.evaluate.metaworld import INSTRUCTIONS, Image, MetaWorldTask
 from vlaquant.evaluate.statistics import paired_difference, success_rate
@@ -40,7 +41,7 @@ class Job:
 def run_jobs(jobs: Sequence[Job], *, workers: int, advance: Callable[[int], object]) -> dict[Job, NDArray[np.bool_]]:
     """Successes [seeds] of each job; ``advance`` is told how many episodes have just ended."""
     outcomes = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker) as pool:
         pending = {pool.submit(_run, job): job for job in jobs}
         for future in as_completed(pending):
             outcomes[pending[future]] = future.result()
@@ -48,8 +49,10 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, advance: Callable[[int], obje
     return outcomes
 
 
-def _one_thread() -> None:
+def _prepare_worker() -> None:
+    """One thread a process, as there are as many processes as cores; and no progress bars of their own."""
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
 
 
 def _run(job: Job) -> NDArray[np.bool_]:
