@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from compare_language_recipes import halves, recipe
+from compare_loaders import kernel_range
 from transformers import AutoModelForCausalLM
 from unpack_smollm2 import unpack
 
@@ -41,9 +42,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return halves(Path(TEXT), tmp_path_factory.mktemp("texts"))
 
 
-# Dynamic int8: a last bit flips codes, and this model amplifies it; see docs/decisions/0006-int8-range.md
+# Dynamic int8: the last bit flips codes, and this model amplifies it, so that 1,530 tokens tell no more than this. On
+# 130,816 tokens the two agree to 4e-4; see docs/decisions/0006-int8-range.md
 @pytest.mark.parametrize(
-    ("row", "limit"), [("w4a16 g64 gptq", 1e-3), ("w4a16 g64 awq", 1e-3), ("w8a8 smoothquant", 3e-2)]
+    ("row", "limit"), [("w4a16 g64 gptq", 1e-3), ("w4a16 g64 awq", 1e-3), ("w8a8 smoothquant", 2e-2)]
 )
 def test_both_loaders_measure_the_same_perplexity(
     row: str, limit: float, smollm2: Path, texts: tuple[Path, Path], tmp_path: Path
@@ -55,7 +57,8 @@ def test_both_loaders_measure_the_same_perplexity(
     assert main(["quantize", "--config", str(config), "--model", str(smollm2), "--output", str(output)]) == 0
     windows = text_samples(smollm2, texts[1], 6, 256)
     theirs: Any = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
-    error, _ = compare_text(vlaquant.load(output).float(), theirs, windows, lambda items: items)
+    with kernel_range():
+        error, _ = compare_text(vlaquant.load(output).float(), theirs, windows, lambda items: items)
     assert abs(error.perplexity / error.reference_perplexity - 1.0) < limit
     lost, _ = compare_text(theirs, vlaquant.load(smollm2), windows, lambda items: items)
     assert lost.perplexity < 1.5 * lost.reference_perplexity
