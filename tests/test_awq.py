@@ -16,7 +16,7 @@ from oracles import (
 )
 from torch import Tensor
 
-from vlaquant.calibrate.statistics import ActStats, no_stats
+from vlaquant.calibrate.statistics import ActStats, no_stats, row_keys
 from vlaquant.errors import CalibrationError
 from vlaquant.passes import awq as real
 from vlaquant.passes import loss as real_loss
@@ -33,7 +33,9 @@ CLIP_RATIOS = [1.0 - 0.05 * step for step in range(15)]
 
 
 def stats_of(x: Tensor) -> ActStats:
-    return no_stats(x.shape[1], hessian=True, device=x.device).add(x, sample_rows=64, seed=0).stats
+    running = no_stats(x.shape[1], hessian=True, sample_rows=64, device=x.device)
+    running.add_(x, row_keys(len(x), seed=0, sample=0, call=0))
+    return running.stats()
 
 
 def rounding(spec: QuantSpec):
@@ -55,9 +57,14 @@ def search(weights: list[Tensor], stats: ActStats, quantize, *, grid: int = 20, 
 
 
 def check_weight_loss(module: types.ModuleType) -> None:
-    x, delta = correlated_inputs(50, 24, seed=0), random_weight(6, 24, seed=0)
-    loss = module.weight_loss(delta, naive_hessian(x).float())
-    assert loss == pytest.approx(naive_output_error(delta, x), rel=1e-4)
+    # More columns than two strips hold, and more rows than a slice
+    x, delta = correlated_inputs(50, 600, seed=0), random_weight(19, 600, seed=0)
+    hessian = naive_hessian(x).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_VALUES", 4800)
+        assert module.weight_loss(delta, hessian) == pytest.approx(naive_output_error(delta, x), rel=1e-4)
+    by_row = [naive_output_error(row.unsqueeze(0), x) for row in delta]
+    assert module.row_losses(delta, hessian).tolist() == pytest.approx(by_row, rel=1e-4)
 
 
 def check_output_loss(module: types.ModuleType) -> None:
@@ -118,7 +125,15 @@ def test_losses_agree_for_float_activations() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "check"),
     [
-        ("delta @ hessian", "delta @ hessian.diagonal().diag()", check_weight_loss),
+        (
+            "delta[:, strip] @ hessian[strip, start:]",
+            "delta[:, strip] @ hessian[strip, start:].abs()",
+            check_weight_loss,
+        ),
+        ("2.0 * products.sum(dim=-1)", "products.sum(dim=-1)", check_weight_loss),
+        ("- products[:, :_STRIP].sum(dim=-1)", "", check_weight_loss),
+        ("losses += ", "losses = ", check_weight_loss),
+        ("min(start + step, n)", "start + step - 1", check_weight_loss),
         ("rounded_x @", "x @", check_output_loss),
         (".sum(dim=-1).mean()", ".mean()", check_output_loss),
     ],
@@ -180,6 +195,30 @@ def test_losses_that_are_not_finite_never_win() -> None:
         search([original], stats, lambda w: w * torch.nan)
 
 
+def test_estimate_chooses_and_loss_decides() -> None:
+    mean_abs, calls = stats_of(correlated_inputs(64, 16, seed=0)).mean_abs, []
+
+    def loss(scale: Tensor) -> float:
+        calls.append(scale)
+        return float((scale - good).square().sum()) + 1.0
+
+    candidates = awq_scales(mean_abs, 20)
+    good = candidates[7][1]
+    whole = real.awq_scale(mean_abs, loss)
+    assert (whole.ratio, whole.loss) == (0.35, 1.0)
+    calls.clear()
+    quick = real.awq_scale(mean_abs, loss, estimate=lambda scale: 100.0 * float((scale - good).abs().max()))
+    assert len(calls) == 4
+    assert (quick.ratio, quick.loss, quick.loss_rtn) == (whole.ratio, whole.loss, whole.loss_rtn)
+    assert torch.equal(quick.scale, good)
+    nearly = real.awq_scale(mean_abs, loss, estimate=lambda scale: float((scale - candidates[8][1]).abs().max()))
+    assert nearly.ratio == whole.ratio
+    misled = real.awq_scale(mean_abs, loss, estimate=lambda scale: -float((scale - good).abs().max()))
+    assert misled.loss <= misled.loss_rtn == whole.loss_rtn
+    spoilt = real.awq_scale(mean_abs, loss, estimate=lambda scale: 0.0 if torch.equal(scale, good) else float("nan"))
+    assert spoilt.ratio == whole.ratio
+
+
 def test_dead_input_gets_no_scale() -> None:
     assert [ratio for ratio, _ in awq_scales(torch.zeros(4))] == [0.0]
     for _, scale in awq_scales(torch.tensor([0.0, 1.0, 4.0])):
@@ -196,8 +235,9 @@ def test_clip_matches_naive_search(spec: QuantSpec) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("hessian[start : start + s, start : start + s]", "hessian[:s, :s]"),
-        ("(columns @ blocks) * columns", "columns * columns"),
+        ("diagonal(dim1=0, dim2=2).permute(2, 0, 1)", "permute(0, 2, 1, 3)[0]"),
+        ("(delta @ blocks).mul_(delta)", "delta.square()"),
+        ("groups.to(torch.float32).transpose(0, 1)", "groups.to(torch.float32).flip(1).transpose(0, 1)"),
         ("better = error < best", "better = error > best"),
         ("1.0 - step * _CLIP_STEP", "1.0 + step * _CLIP_STEP"),
     ],
@@ -207,13 +247,19 @@ def test_oracle_notices_a_broken_clip(old: str, new: str) -> None:
         check_clip(mutant(real, old, new), GROUPED[0], 0)
 
 
+def test_oracle_notices_rows_judged_by_their_size() -> None:
+    broken = mutant(real, "row_losses(delta.reshape(-1, len(hessian)), hessian)", "delta.square().sum(dim=-1)")
+    with pytest.raises(AssertionError):
+        check_clip(broken, QuantSpec(bits=3, granularity=Granularity.CHANNEL), 0)
+
+
 @pytest.mark.parametrize("granularity", list(Granularity)[:3])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_clip_is_never_worse_by_its_own_loss(granularity: Granularity, bits: int) -> None:
     spec = QuantSpec(bits=bits, granularity=granularity, group_size=16 if granularity is Granularity.GROUP else None)
     for seed in range(3):
         weight, hessian = random_weight(6, 48, seed), naive_hessian(correlated_inputs(200, 48, seed)).float()
-        block = torch.block_diag(*real._diagonal_blocks(hessian, spec.group_size))
+        block = torch.block_diag(*real._diagonal_blocks(hessian, spec.group_size or 48))
         clipped = awq_clip(weight, hessian, spec, scale_dtype=torch.float16)
         plain = round_to_nearest(weight, spec, scale_dtype=torch.float16)
         assert clipped.scale.shape == plain.scale.shape

@@ -1,68 +1,25 @@
 """Observing: statistics equal those of all inputs kept, sharing is never wrong, and bad data is named."""
 
 import itertools
-import types
 from collections.abc import Sequence
 
 import pytest
 import torch
-from oracles import mutant, naive_statistics
+from oracles import naive_statistics
 from torch import Tensor, nn
-from watched import Block, hook_count
+from watched import FIELDS, TwoBlocks, assert_same, hook_count, linear_names, model_and_samples, run_all
 
 from vlaquant.calibrate import ActStats, Observation, observe
-from vlaquant.calibrate import observation as real_observation
 from vlaquant.errors import CalibrationError
 
-FIELDS = ("channel_low", "channel_high", "mean_abs", "hessian", "sample")
 
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
-
-    def reset(self) -> None:
-        for block in self.modules():
-            if isinstance(block, Block):
-                block.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def model_and_samples() -> tuple[Model, list[Tensor]]:
-    torch.manual_seed(0)
-    return Model(), [torch.randn(batch, tokens, 8) for batch, tokens in ((1, 5), (2, 3), (1, 1), (3, 7))]
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
-
-
-def run_all(model: Model, samples: Sequence[Tensor], observation: Observation) -> None:
-    model.reset()
-    for sample in samples:
-        observation.begin_sample()
-        model(sample)
-
-
-def inputs_of(model: Model, name: str, samples: Sequence[Tensor]) -> Tensor:
+def inputs_of(model: TwoBlocks, name: str, samples: Sequence[Tensor]) -> Tensor:
     """All rows [t, k] that one Linear reads, kept whole."""
     kept: list[Tensor] = []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: kept.append(args[0].detach().clone()))
     run_all(model, samples, Observation({}, hessian_for=(), sample_rows=1, seed=0))
     hook.remove()
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in kept])
-
-
-def assert_same(a: ActStats, b: ActStats) -> None:
-    assert a.tokens == b.tokens
-    for name in FIELDS:
-        left, right = getattr(a, name), getattr(b, name)
-        assert (left is None and right is None) or torch.equal(left, right), name
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -76,64 +33,6 @@ def test_observed_statistics_match_naive_ones(inference) -> None:
     for name in names:
         for field, value in naive_statistics(inputs_of(model, name, samples)).items():
             torch.testing.assert_close(getattr(stats[name], field).double(), value, rtol=1e-4, atol=1e-5)
-
-
-def check_sharing(module: types.ModuleType) -> None:
-    """Statistics of layers observed together equal, to the last bit, those of each observed alone."""
-    model, samples = model_and_samples()
-    names = linear_names(model)
-    with module.observe(model, names, hessian_for=names, sample_rows=9) as together:
-        run_all(model, samples, together)
-    stats = together.stats()
-    for name in names:
-        with module.observe(model, [name], hessian_for=[name], sample_rows=9) as alone:
-            run_all(model, samples, alone)
-        if "unused" in name:
-            assert name not in stats
-        else:
-            assert_same(stats[name], alone.stats()[name])
-
-
-def test_shared_statistics_equal_unshared_ones() -> None:
-    check_sharing(real_observation)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("if group.behind:\n            parted", "if False:\n            parted"),
-        ("name in group.behind and _equal(rows, group.pending)", "name in group.behind"),
-        ("group.running)\n            self._group_of", "None)\n            self._group_of"),
-        ("group.behind = group.members - {name}", "group.behind = set()"),
-    ],
-)
-def test_comparison_notices_wrong_sharing(old: str, new: str) -> None:
-    with pytest.raises((AssertionError, KeyError)):
-        check_sharing(mutant(real_observation, old, new))
-
-
-def test_layers_that_always_read_the_same_share() -> None:
-    model, samples = model_and_samples()
-    names = linear_names(model)
-    with observe(model, names, hessian_for=names) as observation:
-        run_all(model, samples, observation)
-    shared, stats = observation.shared(), observation.stats()
-    for block in ("blocks.0", "blocks.1"):
-        assert {name: shared[f"{block}.{name}"] for name in "qkv"} == dict.fromkeys("qkv", f"{block}.q")
-        assert shared[f"{block}.up"] == f"{block}.gate"
-        assert shared[f"{block}.odd"] == f"{block}.odd"
-        assert stats[f"{block}.q"] is stats[f"{block}.v"]
-        assert f"{block}.unused" not in shared
-
-
-def test_one_call_is_not_enough_to_share() -> None:
-    model, samples = model_and_samples()
-    with observe(model, linear_names(model)) as observation:
-        run_all(model, samples[:1], observation)
-        assert observation.shared()["blocks.0.odd"] == "blocks.0.gate"
-        observation.begin_sample()
-        model(samples[1])
-    assert observation.shared()["blocks.0.odd"] == "blocks.0.odd"
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -315,7 +214,7 @@ def test_starved_layers_are_named() -> None:
     ],
 )
 def test_only_plain_linears_can_be_watched(name: str, message: str) -> None:
-    model = Model()
+    model = TwoBlocks()
     model.attention = nn.MultiheadAttention(8, 2)
     with pytest.raises(CalibrationError, match=message), observe(model, ["blocks.0.q", name]):
         pass
@@ -325,6 +224,6 @@ def test_only_plain_linears_can_be_watched(name: str, message: str) -> None:
 def test_hessian_for_a_layer_that_is_not_watched() -> None:
     with (
         pytest.raises(CalibrationError, match=r"not watched: blocks\.0\.k"),
-        observe(Model(), ["blocks.0.q"], hessian_for=["blocks.0.q", "blocks.0.k"]),
+        observe(TwoBlocks(), ["blocks.0.q"], hessian_for=["blocks.0.q", "blocks.0.k"]),
     ):
         pass

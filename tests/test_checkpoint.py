@@ -1,6 +1,7 @@
 """Reading refuses what is incomplete; writing leaves all or nothing."""
 
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -12,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import llama, save_llama
 
-from vlaquant import checkpoint
 from vlaquant.checkpoint import (
     MANIFEST,
     atomic_directory,
@@ -21,6 +21,8 @@ from vlaquant.checkpoint import (
     read_config,
     read_manifest,
     read_tensors,
+    require_finite,
+    source_identity,
     weight_files,
     write_json,
     write_tensors,
@@ -97,10 +99,63 @@ def test_missing_shard(source: Path) -> None:
         weight_files(source)
 
 
-def test_shards_read_back_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_MAX_SHARD_BYTES", 100)
+def test_index_that_names_a_tensor_of_no_file(source: Path) -> None:
+    names = [*load_file(source / "model.safetensors"), "model.layers.9.mlp.up_proj.weight"]
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    write_json(source / "model.safetensors.index.json", index)
+    with pytest.raises(CheckpointError, match=r"1 tensors that no file holds: model\.layers\.9\.mlp\.up_proj\.weight"):
+        check_source(source, values=False)
+
+
+def test_check_of_headers_leaves_the_values_to_others(source: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    assert check_source(source, values=False)["model_type"] == "llama"
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds 1 values") as whole:
+        check_source(source)
+    with pytest.raises(CheckpointError) as single:
+        require_finite("model.norm.weight", tensors["model.norm.weight"], source)
+    assert str(single.value) == str(whole.value)
+
+
+@pytest.mark.parametrize("kept", [4, 100, 0.5])
+def test_check_of_headers_sees_truncation(source: Path, kept: float) -> None:
+    file = source / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(kept if kept > 1 else kept * len(data))])
+    with pytest.raises(CheckpointError, match="truncated"):
+        check_source(source, values=False)
+
+
+_FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+_FLOATS8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("dtype", [*_FLOATS, *_FLOATS8], ids=str)
+def test_every_float_dtype_is_checked(dtype: torch.dtype) -> None:
+    values = torch.linspace(1.0, 8.0, 50)
+    require_finite("w", values.to(dtype), Path("model"))
+    values[[7, 30]] = float("nan")
+    with pytest.raises(CheckpointError, match="w holds 2 values that are NaN or infinite, of 50"):
+        require_finite("w", values.to(dtype), Path("model"))
+
+
+@pytest.mark.parametrize("dtype", [*_FLOATS, torch.float8_e5m2], ids=str)
+def test_both_infinities_are_seen(dtype: torch.dtype) -> None:
+    for value in (float("inf"), -float("inf")):
+        with pytest.raises(CheckpointError, match="w holds 1 values"):
+            require_finite("w", torch.tensor([[0.0, value, 1.0]]).to(dtype), Path("model"))
+
+
+def test_tensors_without_floats_are_finite() -> None:
+    for tensor in (torch.empty(0, 3), torch.arange(5), torch.tensor([True])):
+        require_finite("w", tensor, Path("model"))
+
+
+def test_shards_read_back_equal(tmp_path: Path) -> None:
     tensors = {f"t{index}": torch.randn(index + 1, 5) for index in range(6)}
-    write_tensors(tmp_path, tensors)
+    write_tensors(tmp_path, tensors, max_shard_bytes=100)
     files = weight_files(tmp_path)
     assert len(files) > 1
     found = dict(read_tensors(files))
@@ -120,6 +175,25 @@ def test_side_files_travel_byte_for_byte(source: Path, tmp_path: Path) -> None:
     assert "config.json" not in sums
     for name in sums:
         assert (target / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_identity_names_what_changed(source: Path) -> None:
+    write_tensors(source, load_file(source / "model.safetensors"), max_shard_bytes=50_000)
+    (source / "notes.txt").write_text("a", encoding="utf-8")
+    shards = [path.name for path in weight_files(source)]
+    assert len(shards) > 1
+    before = source_identity(source)
+    assert list(before) == ["config.json", "model.safetensors.index.json", *shards]
+    for name, total in before.items():
+        assert total == hashlib.sha256((source / name).read_bytes()).hexdigest()
+    (source / "notes.txt").write_text("b", encoding="utf-8")
+    assert source_identity(source) == before
+    for name in (shards[-1], "config.json", "model.safetensors.index.json"):
+        data = (source / name).read_bytes()
+        (source / name).write_bytes(data + b" ")
+        after = source_identity(source)
+        assert [one for one in before if after[one] != before[one]] == [name]
+        (source / name).write_bytes(data)
 
 
 def test_atomic_directory_appears_at_the_end(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import vlaquant
-from vlaquant.checkpoint import MANIFEST, read_config, read_manifest, write_json, write_tensors
+from vlaquant.checkpoint import MANIFEST, join_tensor_files, read_config, read_manifest, write_json
+from vlaquant.engine.fingerprint import digest
 from vlaquant.errors import CheckpointError, ExportError
 from vlaquant.export.compressed_tensors import (
     file_tensors,
@@ -26,7 +27,7 @@ from vlaquant.export.compressed_tensors import (
     target_patterns,
     to_quantization_config,
 )
-from vlaquant.export.verify import digest, verify
+from vlaquant.export.verify import verify
 from vlaquant.families import FAMILIES
 from vlaquant.models.openvla import OpenVLAForActionPrediction
 
@@ -117,17 +118,17 @@ def test_openvla_is_verified_in_a_fresh_process(tmp_path: Path) -> None:
 
 
 def test_a_file_that_differs_is_noticed_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flip_one_code(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-        write_tensors(directory, tensors)
+    def flip_one_code(sources: Any, directory: Path) -> None:
+        join_tensor_files(sources, directory)
         file = directory / "model.safetensors"
         written = load_file(file)
         written["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 1
         save_file(written, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr("vlaquant.export.writing.write_tensors", flip_one_code)
+    monkeypatch.setattr("vlaquant.export.writing.join_tensor_files", flip_one_code)
     with pytest.raises(ExportError, match=r"1 tensors differ.*up_proj\.weight_packed"):
         write_llama(tmp_path, {"part": "language", **SCHEMES["w4 group"]})
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert not (tmp_path / "packed").exists()
 
 
 @pytest.mark.usefixtures("unverified")

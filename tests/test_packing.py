@@ -1,9 +1,12 @@
 """The bit layout: inverse pairs, equality with a string of bits, and with the package that owns the format."""
 
+import types
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import mutant
 from torch import Tensor
 
 from vlaquant import packing
@@ -111,9 +114,44 @@ def test_misuse_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_the_oracle_notices_a_wrong_block(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    """With 7 codes a block instead of 8, the stream has holes."""
-    codes = torch.full((2, 40), 1, dtype=torch.int8)
-    assert torch.equal(pack_rows(codes, bits), packed_as_strings(codes, bits))
-    monkeypatch.setattr(packing, "_CODES", 7)
-    assert not torch.equal(pack_rows(codes, bits), packed_as_strings(codes, bits))
+def test_slices_that_begin_anywhere_in_memory(bits: int) -> None:
+    codes = torch.randint(-2, 2, (6, 16), dtype=torch.int8)
+    whole = pack_rows(codes, bits)
+    for start in (1, 2, 5):
+        assert torch.equal(pack_rows(codes.flatten()[16 * start :].reshape(-1, 16), bits), whole[start:])
+        shifted = torch.cat([torch.zeros(start, dtype=torch.int8), codes.flatten()])[start:].reshape(6, 16)
+        assert torch.equal(pack_rows(shifted, bits), whole)
+        assert torch.equal(unpack_rows(whole[start:], bits, 16), codes[start:])
+
+
+def check_packed(module: types.ModuleType) -> None:
+    for bits in BITS:
+        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 43)).to(torch.int8)
+        packed = packed_as_strings(codes, bits)
+        assert torch.equal(module.pack_rows(codes, bits), packed)
+        assert torch.equal(module.unpack_rows(packed, bits, 43), codes)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("for lane in (8, 16, 32):", "for lane in (8, 16):"),
+        ("for lane in (32, 16, 8):", "for lane in (32, 8, 16):"),
+        ("high &= _every(2 * lane, width, width)", "pass"),
+        ("high &= _every(2 * lane, lane, width)", "pass"),
+        ("= -(1 << (bits - 1))  # u = 0", "= 0"),
+        ("_every(8, bits - 1, 1)", "_every(8, 0, 1)"),
+        ("codes -= 1 << (bits - 1)", "codes += 1 << (bits - 2)"),
+    ],
+)
+def test_the_oracle_notices_a_broken_copy(old: str, new: str) -> None:
+    check_packed(packing)
+    with pytest.raises(AssertionError):
+        check_packed(mutant(packing, old, new))
+
+
+def test_rows_are_packed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(-4, 4, (7, 20)).to(torch.int8)
+    for values in (1, 60, 140):
+        monkeypatch.setattr(packing, "_ROWS_OF", values)
+        assert torch.equal(pack_rows(codes, 3), packed_as_strings(codes, 3))

@@ -1,6 +1,7 @@
 """The whole run on tiny models: every quantizer × scheme × family, and what it refuses."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from vlaquant.errors import CalibrationError, CheckpointError, PlanError, Recipe
 from vlaquant.families import FAMILIES
 from vlaquant.linear import W4A16Linear, W8A8Linear
 from vlaquant.numerics import sqnr_db
-from vlaquant.passes.layer import quantize_layer
+from vlaquant.passes.layer import Work, quantize_layers
+from vlaquant.passes.transform import TransformRecord
 from vlaquant.pipeline import quantize
 from vlaquant.result import QuantizationResult
 
@@ -123,16 +125,16 @@ def test_the_same_twice(quantizer: str) -> None:
 
 
 def test_the_contract_notices_a_broken_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def negated(name: str, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return quantize_layer(name, -weight, *args, **kwargs)
+    def negated(works: dict[str, Work], *args: Any) -> Any:
+        return quantize_layers({name: replace(work, weight=-work.weight) for name, work in works.items()}, *args)
 
-    monkeypatch.setattr("vlaquant.passes.model.quantize_layer", negated)
+    monkeypatch.setattr("vlaquant.engine.loop.quantize_layers", negated)
     with pytest.raises(AssertionError, match="sqnr_db"):
         test_contract("causal_lm", "rtn", "w8")
 
 
 def test_a_fold_that_changes_the_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlaquant.passes.model.transform_group_", _scale_only_the_targets)
+    monkeypatch.setattr("vlaquant.engine.stage.transform_group_", _scale_only_the_targets)
     model, _, arguments, _ = make("causal_lm")
     with pytest.raises(CalibrationError, match="do not fit this model"):
         quantize(
@@ -143,6 +145,7 @@ def test_a_fold_that_changes_the_function_is_refused(monkeypatch: pytest.MonkeyP
 def _scale_only_the_targets(model: nn.Module, group: Any, works: dict[str, Any], transform: object) -> Any:
     for name in group.targets:
         works[name].weight = works[name].weight * 2.0
+    return TransformRecord("awq", group.source, group.targets, 1.0, 0.5, kept=True, strength=0.5)
 
 
 def test_weights_are_kept_bit_by_bit_where_the_plan_says_float() -> None:

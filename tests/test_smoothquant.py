@@ -34,7 +34,7 @@ def test_matches_the_formula(alpha: float) -> None:
         ("activation.pow(alpha)", "activation.pow(1.0 - alpha)"),
         ("/ weight.pow", "* weight.pow"),
         ("for w in weights]).amax(dim=0)", "for w in weights])[0]"),
-        ("to(torch.float32).abs().amax(dim=0)", "to(torch.float32).amax(dim=0)"),
+        ("torch.maximum(-low, high)", "high"),
     ],
 )
 def test_formula_notices_a_broken_copy(old: str, new: str) -> None:

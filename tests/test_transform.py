@@ -13,6 +13,7 @@ from vlaquant.families import FoldGroup
 from vlaquant.numerics import fake_quantize, qparams, quantize_weight
 from vlaquant.passes import transform as real
 from vlaquant.passes.awq import awq_scales
+from vlaquant.passes.layer import Work
 from vlaquant.passes.smoothquant import smooth_scale
 from vlaquant.recipe import Awq, SmoothQuant, Transform
 from vlaquant.scheme import PRESETS, Scheme
@@ -42,23 +43,26 @@ class Layers(nn.Module):
         return self.b(normed), self.d(self.c(normed))
 
 
-def made(scheme: Scheme, module: types.ModuleType = real) -> tuple[Layers, dict[str, real.Work], Tensor]:
+def made(scheme: Scheme, module: types.ModuleType = real) -> tuple[Layers, dict[str, Work], Tensor]:
     """The layers, work on them, and the tokens that calibration saw; all of them are in its sample."""
     torch.manual_seed(0)
     model, x = Layers(), correlated_inputs(100, 32, seed=0)
     names = ["b", "c", "d"]
     with torch.no_grad(), observe(model, names, hessian_for=names, sample_rows=200) as observation:
         model(x)
-    works = {}
+    works, stats = {}, observation.stats()
     for name in names:
         linear: Any = model.get_submodule(name)
-        works[name] = module.Work(
-            linear.weight.detach(), linear.bias.detach(), scheme, observation.stats()[name], torch.float32
-        )
+        works[name] = module.Work(linear.weight.detach(), linear.bias.detach(), scheme, stats[name], torch.float32)
     return model, works, x
 
 
-def outputs(model: Layers, works: dict[str, real.Work], x: Tensor) -> dict[str, Tensor]:
+def _mean_abs(work: Work) -> Tensor:
+    assert work.stats is not None
+    return work.stats.mean_abs
+
+
+def outputs(model: Layers, works: dict[str, Work], x: Tensor) -> dict[str, Tensor]:
     """What every Linear would compute with its working weight, in float64."""
     normed = model.norm(x).detach().double()
     results: dict[str, Tensor] = {}
@@ -70,7 +74,7 @@ def outputs(model: Layers, works: dict[str, real.Work], x: Tensor) -> dict[str, 
     return results
 
 
-def naive_loss(works: dict[str, real.Work], group: FoldGroup, scale: Tensor) -> float:
+def naive_loss(works: dict[str, Work], group: FoldGroup, scale: Tensor) -> float:
     """Error of the group's outputs with one scale, as a share of their square."""
     error = power = 0.0
     for name in group.targets:
@@ -89,7 +93,7 @@ def naive_loss(works: dict[str, real.Work], group: FoldGroup, scale: Tensor) -> 
     return error / power
 
 
-def naive_best(works: dict[str, real.Work], group: FoldGroup, kind: str) -> float:
+def naive_best(works: dict[str, Work], group: FoldGroup, kind: str) -> float:
     """The least error of all scales that the transform tries."""
     stats, weights = works[group.targets[0]].stats, [works[name].weight for name in group.targets]
     assert stats is not None
@@ -125,12 +129,12 @@ def test_record_and_function(scheme: str, kind: str, group: FoldGroup) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "scheme", "group"),
     [
-        ("rounded / scale - work.weight", "rounded - work.weight", "w4a16", NORM),
-        ("x = stats.sample / scale", "x = stats.sample", "w8a8", NORM),
-        ("low, high = scaled.low, scaled.high", "low, high = stats.low, stats.high", "w8a8_static", NORM),
-        ("x.aminmax(dim=-1, keepdim=True)", "x.aminmax()", "w8a8", NORM),
+        ("rounded.div_(scale).sub_(weight)", "rounded.sub_(weight)", "w4a16", NORM),
+        ("(stats.sample / scale, work.scheme", "(stats.sample, work.scheme", "w8a8", NORM),
+        ("(stats.channel_high / scale).max()", "stats.high", "w8a8_static", NORM),
+        ("min_max(x)", "x.aminmax()", "w8a8", NORM),
         ("work.weight = work.weight * scale", "work.weight = work.weight / scale", "w4a16", NORM),
-        ("work.stats = scaled_stats(work.stats, scale)", "pass", "w4a16", NORM),
+        ("work.stats = scaled[id(work.stats)]", "pass", "w4a16", NORM),
         ("source.weight / scale.unsqueeze(-1)", "source.weight * scale.unsqueeze(-1)", "w4a16", LINEAR),
         ("source.bias = source.bias / scale", "pass", "w4a16", LINEAR),
         ("kept = after < before", "kept = after > before", "w4a16", LINEAR),
@@ -149,6 +153,49 @@ def test_a_scale_that_helps_is_kept(scheme: str, kind: str) -> None:
     assert record.kept
     assert record.loss_after < 0.9 * record.loss_before
     assert 0.0 < record.strength <= 1.0
+
+
+def test_targets_go_on_sharing_statistics() -> None:
+    model, works, _ = made(SCHEMES["w4a16"])
+    before = works["b"].stats
+    assert real.transform_group_(model, NORM, works, TRANSFORMS["awq"]).kept
+    assert works["b"].stats is works["c"].stats is not before
+    apart = mutant(real, "if id(work.stats) not in scaled:", "if True:")
+    model, works, _ = made(SCHEMES["w4a16"])
+    apart.transform_group_(model, NORM, works, TRANSFORMS["awq"])
+    assert works["b"].stats is not works["c"].stats
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_search_by_some_rows_measures_its_choice_on_all(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every third row the scale is nearly as good as the best, and the record is that of all rows."""
+    model, works, _ = made(SCHEMES[scheme])
+    losses = [naive_loss(works, NORM, scale) for _, scale in awq_scales(_mean_abs(works["b"]), grid=8)]
+    searched: list[int] = []
+    round_weight = vars(real)["round_weight"]
+
+    def noted(weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        searched.append(len(weight))
+        return round_weight(weight, *args, **kwargs)
+
+    monkeypatch.setattr(real, "_SEARCHED_ROWS", 30)
+    monkeypatch.setattr(real, "round_weight", noted)
+    record = real.transform_group_(model, NORM, works, TRANSFORMS["awq"])
+    assert searched == [4 + 22] * 7 + [12, 64] * 4
+    assert record.loss_before == pytest.approx(losses[0], rel=1e-3)
+    assert record.loss_after == pytest.approx(losses[round(record.strength * 8)], rel=1e-3)
+    assert record.loss_after < min(losses) + 0.2 * (losses[0] - min(losses))
+
+
+def test_targets_of_different_schemes_are_each_rounded_by_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rows in (1024, 30):
+        monkeypatch.setattr(real, "_SEARCHED_ROWS", rows)
+        model, works, _ = made(SCHEMES["w4a16"])
+        works["b"].scheme = works["b"].scheme.with_weight(group_size="tensor", bits=8)
+        losses = [naive_loss(works, NORM, scale) for _, scale in awq_scales(_mean_abs(works["b"]), grid=8)]
+        record = real.transform_group_(model, NORM, works, TRANSFORMS["awq"])
+        assert record.loss_before == pytest.approx(losses[0], rel=1e-3)
+        assert record.loss_after == pytest.approx(losses[round(record.strength * 8)], rel=1e-3)
 
 
 def test_a_scale_that_does_not_help_changes_nothing() -> None:

@@ -3,6 +3,8 @@
 import argparse
 import json
 import logging
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,6 +15,8 @@ import datasets
 from transformers.utils import logging as transformers_logging
 
 from vlaquant.checkpoint import read_config, read_manifest
+from vlaquant.engine.processes import launched
+from vlaquant.engine.run import RunOptions
 from vlaquant.errors import RecipeError, VlaquantError
 from vlaquant.evaluate.evaluation import evaluate_language, evaluate_policy, table
 from vlaquant.pipeline import plan, quantize
@@ -21,6 +25,7 @@ from vlaquant.recipe import load_recipe
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,17 +36,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args.command(args)
     except VlaquantError as error:
         if args.debug:
             traceback.print_exc()
-        print(f"vlaquant: error: {error}", file=sys.stderr)
+        _complain(f"error: {error}", error)
         return EXIT_USAGE if isinstance(error, RecipeError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        print("vlaquant: interrupted; nothing was written", file=sys.stderr)
-        return EXIT_FAILED
+    except KeyboardInterrupt as error:
+        _complain("interrupted; no output was written", error)
+        return EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _complain(message: str, error: BaseException) -> None:
+    """One line, and what others noted about the error, such as how to go on."""
+    rank, size = launched()
+    who = f"vlaquant, process {rank}" if size > 1 else "vlaquant"
+    for line in [message, *getattr(error, "__notes__", [])]:
+        print(f"{who}: {line}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("quantize", help="write a packed checkpoint")
     _add_recipe_arguments(run)
     run.add_argument("--output", type=Path, help="directory to write; overrides the recipe's")
-    run.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    run.add_argument("--overwrite", action="store_true", help="replace the output, or an unfinished run, if it exists")
+    run.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    run.add_argument("--max-memory", type=_bytes, metavar="SIZE", help="such as 8GB; a run that needs more is refused")
+    run.add_argument(
+        "--mode",
+        choices=("replay", "rerun"),
+        default="replay",
+        help="rerun: run all of the model in every stage (slow)",
+    )
+    run.add_argument("--device", default="cpu", help="where the model runs while it is calibrated, such as cuda")
+    run.add_argument("--log", type=Path, metavar="FILE", help="log of the run, JSON lines (default: OUTPUT.log.jsonl)")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     run.set_defaults(command=_quantize)
 
@@ -88,6 +114,15 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="directory of the float model; overrides the recipe's")
 
 
+def _bytes(text: str) -> int:
+    """A size such as 8GB, 500MB, 6GiB or 123456."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 8GB or 500MiB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+
+
 def _model_directory(args: argparse.Namespace, recipe_model: Path | None) -> Path:
     model: Path | None = args.model or recipe_model
     if model is None:
@@ -98,14 +133,20 @@ def _model_directory(args: argparse.Namespace, recipe_model: Path | None) -> Pat
 def _quantize(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.config)
     model = _model_directory(args, recipe.model)
+    rank, _ = launched()
     if args.dry_run:
-        print(plan(model, recipe))
+        if rank == 0:
+            print(plan(model, recipe))
         return
     output = args.output or recipe.output
     if output is None:
         raise RecipeError(f"{args.config}: names no output; add `output:` to it or give --output DIR")
-    result = quantize(model, recipe, output=output, overwrite=args.overwrite, progress=True)
-    print(result)
+    options = RunOptions(max_memory=args.max_memory, mode=args.mode, device=args.device, log=args.log)
+    result = quantize(
+        model, recipe, output=output, options=options, overwrite=args.overwrite, resume=args.resume, progress=True
+    )
+    if rank == 0:
+        print(result)
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ that is measured is the error that is shipped.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ Observer = Callable[[Tensor, QuantSpec, torch.dtype], tuple[Tensor, Tensor]]
 
 _MSE_SHRINK_STEPS = 80
 _MSE_SMALLEST = 0.2
+
+#: Weights are rounded in blocks of rows of so many values, whose intermediate results stay in a CPU's cache.
+_BLOCK = 1 << 18
+_BLOCK_OF_DEVICE = 1 << 26
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +51,13 @@ class QuantizedWeight:
         groups *= self.scale.to(wide).unsqueeze(-1)
         return groups.reshape(self.codes.shape).to(dtype)
 
+    def rows(self, rows: slice) -> "QuantizedWeight":
+        """Some rows of the weight, as views."""
+        if self.spec.granularity is Granularity.TENSOR:
+            return replace(self, codes=self.codes[rows])
+        zero = None if self.zero is None else self.zero[rows]
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=zero)
+
 
 def split_groups(weight: Tensor, spec: QuantSpec) -> Tensor:
     """View of [n, k] as [n, g, s], or [1, 1, n·k] per tensor. Needs k divisible by the group size."""
@@ -56,6 +67,11 @@ def split_groups(weight: Tensor, spec: QuantSpec) -> Tensor:
         return weight.unsqueeze(1)
     assert spec.group_size is not None
     return weight.reshape(weight.shape[0], -1, spec.group_size)
+
+
+def min_max(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value along the last dimension, which stays; several times faster than ``aminmax``."""
+    return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
 
 
 def qparams(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -88,7 +104,16 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def to_codes(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     """clamp(round(x / S + Z)), float32, half to even; ``scale`` and ``zero`` broadcast against ``x``."""
-    return torch.round(x.to(torch.float32) / scale + zero).clamp(spec.qmin, spec.qmax)
+    codes = x.to(torch.float32) / scale
+    round_to_codes_(codes, zero, spec)
+    return codes
+
+
+def round_to_codes_(scaled: Tensor, zero: Tensor, spec: QuantSpec) -> None:
+    """The second half of :func:`to_codes`, in place: ``scaled`` is x / S."""
+    if not spec.symmetric:
+        scaled.add_(zero)
+    scaled.round_().clamp_(spec.qmin, spec.qmax)
 
 
 def from_codes(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -98,19 +123,22 @@ def from_codes(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     """``x`` after a round trip through its codes, float32."""
-    return from_codes(to_codes(x, scale, zero, spec), scale, zero)
+    codes = to_codes(x, scale, zero, spec)
+    if not spec.symmetric:
+        codes -= zero
+    return codes.mul_(scale)
 
 
 def minmax_observer(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The full range: nothing is clipped."""
-    low, high = groups.aminmax(dim=-1, keepdim=True)
+    low, high = min_max(groups)
     return qparams(low, high, spec, dtype)
 
 
 def mse_observer(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The shrunken range with the least squared error, of 80 between 100 % and 20 % of the full one."""
     groups = groups.to(torch.float32)
-    low, high = groups.aminmax(dim=-1, keepdim=True)
+    low, high = min_max(groups)
     best_scale, best_zero = qparams(low, high, spec, dtype)
     best = _squared_error(groups, best_scale, best_zero, spec)
     for step in range(1, _MSE_SHRINK_STEPS):
@@ -145,7 +173,7 @@ def _quantile(groups: Tensor, quantile: float) -> Tensor:
 
 
 def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    return (fake_quantize(groups, scale, zero, spec) - groups).square().sum(dim=-1, keepdim=True)
+    return fake_quantize(groups, scale, zero, spec).sub_(groups).square_().sum(dim=-1, keepdim=True)
 
 
 #: Observers that a recipe can name.
@@ -156,14 +184,48 @@ OBSERVERS: dict[str, Observer] = {
 }
 
 
+def row_blocks(weight: Tensor, spec: QuantSpec, values: int | None = None) -> list[slice]:
+    """Blocks of the rows of [n, k] that can be rounded one by one; a single one if all rows share a scale."""
+    n, k = weight.shape
+    if values is None:
+        values = _BLOCK if weight.device.type == "cpu" else _BLOCK_OF_DEVICE
+    rows = max(values // max(k, 1), 1)
+    if spec.granularity is Granularity.TENSOR or n <= rows:
+        return [slice(0, n)]
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def fit_groups(weight: Tensor, spec: QuantSpec, observer: Observer, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group of a weight [n, k]: float32 [n, g] each, or [1, 1] per tensor."""
+    fitted = [
+        observer(split_groups(weight[rows].to(torch.float32), spec), spec, scale_dtype)
+        for rows in row_blocks(weight, spec)
+    ]
+    scale, zero = (torch.cat(parts).squeeze(-1) for parts in zip(*fitted, strict=True))
+    return scale, zero
+
+
+def round_weight(weight: Tensor, spec: QuantSpec, *, scale_dtype: torch.dtype) -> Tensor:
+    """What :func:`quantize_weight` would make of a weight [n, k], dequantized again: float32, and no codes."""
+    groups = split_groups(weight.to(torch.float32), spec)
+    scale, zero = minmax_observer(groups, spec, scale_dtype)
+    return fake_quantize(groups, scale, zero, spec).reshape(weight.shape)
+
+
 def quantize_weight(
     weight: Tensor, spec: QuantSpec, *, scale_dtype: torch.dtype, observer: Observer = minmax_observer
 ) -> QuantizedWeight:
     """Round a weight [n, k] to the nearest codes, with one scale for each group that ``spec`` makes."""
-    groups = split_groups(weight.detach().to(torch.float32), spec)
-    scale, zero = observer(groups, spec, scale_dtype)
-    codes = to_codes(groups, scale, zero, spec)
-    return as_quantized(codes.reshape(weight.shape), scale.squeeze(-1), zero.squeeze(-1), spec, scale_dtype)
+    weight = weight.detach()
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    fitted = []
+    for rows in row_blocks(weight, spec):
+        groups = split_groups(weight[rows].to(torch.float32), spec)
+        scale, zero = observer(groups, spec, scale_dtype)
+        codes[rows] = to_codes(groups, scale, zero, spec).reshape(codes[rows].shape)
+        fitted.append((scale.squeeze(-1), zero.squeeze(-1)))
+    scale, zero = (torch.cat(parts) for parts in zip(*fitted, strict=True))
+    return as_quantized(codes, scale, zero, spec, scale_dtype)
 
 
 def as_quantized(
@@ -180,9 +242,14 @@ def as_quantized(
 
 def quantize_tokens(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamic activation quantization: codes int8 [t, k], scale [t, 1] and zero [t, 1] (float32), one range a token."""
-    low, high = x.aminmax(dim=-1, keepdim=True)
+    low, high = min_max(x)
     scale, zero = qparams(low, high, spec, torch.float32)
     return to_codes(x, scale, zero, spec).to(torch.int8), scale, zero
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite. One pass without a copy, as long as that is so and no sum overflows."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:

@@ -21,21 +21,48 @@ from torch import Tensor
 from torch.nn import functional
 
 _CODES = 8  # a block of 8 codes of b bits is b bytes long
+#: Blocks are copied in the widest integers that b bytes are made of.
+_WIDEST = {2: torch.int16, 4: torch.int32, 6: torch.int16, 8: torch.int64}
+_ROWS_OF = 1 << 19
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Signed codes int8 [n, k] as int32 [n, ceil(k * bits / 32)], each row on its own."""
     n, k = codes.shape
+    assert 2 <= bits <= 8, bits
+    assert codes.dtype == torch.int8, codes.dtype
+    packed = torch.empty(n, packed_width(k, bits), dtype=torch.int32, device=codes.device)
+    # Some rows at a time: what is computed on the way stays in a CPU's cache
+    step = max(_ROWS_OF // max(k, 1), 1)
+    for start in range(0, n, step):
+        packed[start : start + step] = _packed(codes[start : start + step], bits)
+    return packed
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    n, k = codes.shape
     _check(codes, bits)
-    unsigned = codes.to(torch.int16).add_(1 << (bits - 1)).to(torch.uint8)
-    blocks = functional.pad(unsigned, (0, -k % _CODES)).reshape(n, -(-k // _CODES), _CODES)
-    block = torch.zeros(blocks.shape[:2], dtype=torch.int64, device=codes.device)
-    for i in range(_CODES):
-        block |= blocks[..., i].to(torch.int64) << (i * bits)
-    stream = block.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(1)
-    words = packed_width(k, bits)
+    count, words = -(-k // _CODES), packed_width(k, bits)
+    padded = torch.empty(n, count * _CODES, dtype=torch.int8, device=codes.device)
+    padded[:, :k] = codes
+    padded[:, k:] = -(1 << (bits - 1))  # u = 0
+    # A block in one integer; of b bits, q + 2^(b-1) is q with its sign bit turned over
+    blocks = padded.flatten().view(torch.int64)
+    blocks &= _every(8, 0, bits)
+    blocks ^= _every(8, bits - 1, 1)
+    for lane in (8, 16, 32):
+        # Two neighbours of ``width`` bits move together, into a lane twice as wide
+        width = bits * lane // 8
+        high = blocks >> (lane - width)
+        high &= _every(2 * lane, width, width)
+        blocks &= _every(2 * lane, 0, width)
+        blocks |= high
+    element = _WIDEST.get(bits, torch.uint8)
+    taken = bits // element.itemsize
+    stream = blocks.view(element).reshape(n * count, _CODES // element.itemsize)[:, :taken].contiguous()
+    stream = stream.flatten().view(torch.uint8).reshape(n, count * bits)
     # Bytes past the last word hold padding only, so cutting them off loses nothing
-    return functional.pad(stream, (0, 4 * words - stream.shape[1])).flatten().view(torch.int32).reshape(n, words)
+    return functional.pad(stream, (0, 4 * words - count * bits)).flatten().view(torch.int32).reshape(n, words)
 
 
 def unpack_rows(packed: Tensor, bits: int, k: int) -> Tensor:
@@ -43,20 +70,30 @@ def unpack_rows(packed: Tensor, bits: int, k: int) -> Tensor:
     n = packed.shape[0]
     assert packed.dtype == torch.int32, packed.dtype
     assert packed.shape[1] == packed_width(k, bits), (tuple(packed.shape), bits, k)
+    count = -(-k // _CODES)
     stream = packed.flatten().view(torch.uint8).reshape(n, 4 * packed.shape[1])
-    count = -(-stream.shape[1] // bits)
-    blocks = functional.pad(stream, (0, count * bits - stream.shape[1])).reshape(n, count, bits)
-    codes = torch.empty(n, count, _CODES, dtype=torch.uint8, device=packed.device)
-    for i in range(_CODES):
-        byte, shift = divmod(i * bits, 8)
-        low = blocks[..., byte] >> shift
-        if shift + bits > 8:
-            low = low | (blocks[..., byte + 1] << (8 - shift))
-        codes[..., i] = low
-    codes &= (1 << bits) - 1
+    stream = functional.pad(stream, (0, count * bits - stream.shape[1])).flatten()
+    element = _WIDEST.get(bits, torch.uint8)
+    taken = bits // element.itemsize
+    blocks = torch.zeros(n * count, dtype=torch.int64, device=packed.device)
+    filled = blocks.view(element).reshape(n * count, _CODES // element.itemsize)
+    filled[:, :taken] = stream.view(element).reshape(n * count, taken)
+    for lane in (32, 16, 8):
+        width = bits * lane // 8
+        high = blocks << (lane - width)
+        high &= _every(2 * lane, lane, width)
+        blocks &= _every(2 * lane, 0, width)
+        blocks |= high
+    codes = blocks.view(torch.uint8)
     # u - 2^(b-1) wraps around in uint8 exactly as two's complement does
     codes -= 1 << (bits - 1)
-    return codes.view(torch.int8).flatten(1)[:, :k].contiguous()
+    return codes.view(torch.int8).reshape(n, count * _CODES)[:, :k].contiguous()
+
+
+def _every(lane: int, start: int, width: int) -> int:
+    """An int64 in which the bits [start, start + width) of every lane of so many bits are set."""
+    ones = sum(((1 << width) - 1) << (at + start) for at in range(0, 64, lane))
+    return ones - (1 << 64) if ones >> 63 else ones
 
 
 def pack_columns(codes: Tensor, bits: int) -> Tensor:
@@ -75,8 +112,6 @@ def packed_width(count: int, bits: int) -> int:
 
 
 def _check(codes: Tensor, bits: int) -> None:
-    assert 2 <= bits <= 8, bits
-    assert codes.dtype == torch.int8, codes.dtype
     if codes.device.type == "meta" or codes.numel() == 0:
         return
     # A code that is out of range would run over into its neighbours

@@ -1,19 +1,19 @@
-"""The story: load → plan → gather → transform → quantize → swap → write and verify. No maths here."""
+"""The story: open → plan → probe → predict → stage by stage → write and verify. No maths here."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
-from vlaquant.calibrate.gathering import Gathered, Run, gather, recipe_samples
-from vlaquant.checkpoint import check_output, check_source, read_config
+from vlaquant.checkpoint import check_output, read_config, read_manifest
+from vlaquant.engine.opening import Run
+from vlaquant.engine.processes import Processes
+from vlaquant.engine.run import QuantizationRun, RunOptions
 from vlaquant.errors import PlanError
-from vlaquant.export import write
-from vlaquant.families import Family, family_of_config, family_of_model
-from vlaquant.passes.model import begin, check_finite, quantize_layers_, transform_
+from vlaquant.export.writing import write, write_streamed
+from vlaquant.families import family_of_config, family_of_model
 from vlaquant.plan import Plan, make_plan
 from vlaquant.recipe import Recipe, load_recipe, needs_calibration, require_calibration
 from vlaquant.result import QuantizationResult
@@ -42,10 +42,18 @@ def quantize(
     run: Run | None = None,
     output: str | Path | None = None,
     *,
+    options: RunOptions | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool = False,
 ) -> QuantizationResult:
     """Quantize a model, and write and verify it if an output is given.
+
+    A directory's model is never held in memory as a whole if an output is given: one unit after the other is read,
+    quantized and put away in a work directory beside the output, from which a run that was stopped can go on.
+
+    Several processes of one machine that were started together (by torchrun or accelerate launch) share the work if all
+    of them call this with the same arguments; the result is the same. Only the first of them writes.
 
     Args:
         model_or_path: a float checkpoint directory, or a loaded model, which is changed in place.
@@ -53,53 +61,61 @@ def quantize(
         samples: calibration data, in place of what the recipe names.
         run: ``run(model, sample)`` takes one sample through any ``nn.Module``; known families run their own samples.
         output: directory to write; it appears only when it is complete and verified.
-        overwrite: replace the output if it exists.
-        progress: show progress bars.
+        options: memory limit, device and alike; none of them changes the result.
+        overwrite: replace the output if it exists, and throw away an unfinished run.
+        resume: go on with an unfinished run of the same recipe, model and samples.
+        progress: show a progress bar and notes on standard error.
 
     Raises:
         VlaquantError: the recipe, the model, the data or the disk; nothing was written. See :mod:`vlaquant.errors`.
     """
     recipe = load_recipe(recipe)
-    if output is not None:
-        check_output(Path(output), overwrite=overwrite)
+    target = None if output is None else Path(output)
+    if target is not None:
+        check_output(target, overwrite=overwrite)
     if samples is None and needs_calibration(recipe):
         require_calibration(recipe)
-    model, family, source = _open(model_or_path, recipe)
-    made = make_plan(model, family, recipe)
-    if samples is None and recipe.calibration is not None:
-        samples = recipe_samples(recipe, family, source)
-    inputs = family.inputs(model, samples[0]) if samples and run is None else None
-    gathered = Gathered(made, {}, ())
-    if samples is not None:
-        if inputs is not None:
-            family.check(model, inputs)
-        run = run or (lambda model, sample: family.run(model, family.inputs(model, sample)))
-        gathered = gather(model, made, run, samples, recipe=recipe, progress=_bar("observing", show=progress))
-    made = gathered.plan
-    if not made.quantized:
-        raise PlanError(f"no layer is left to quantize:\n{made}")
-    works = begin(model, gathered)
-    show = _bar("transforming", show=progress)
-    transforms = transform_(model, family, works, recipe, inputs, shared=gathered.shared, progress=show)
-    layers = quantize_layers_(model, works, recipe.quantizer, progress=_bar("quantizing", show=progress))
-    result = QuantizationResult(model, recipe, made, tuple(transforms), tuple(layers))
-    if output is None:
-        return result
-    manifest = write(
-        model, Path(output), result.to_dict(), source=source, family=family, inputs=inputs, overwrite=overwrite
+    options = options or RunOptions()
+    with (
+        Processes.current(options.device) as processes,
+        QuantizationRun(model_or_path, recipe, target, options, show=progress, processes=processes) as job,
+    ):
+        data, made = job.observe(make_plan(job.opened.model, job.opened.family, recipe), samples, run)
+        if not made.quantized:
+            raise PlanError(f"no layer is left to quantize:\n{made}")
+        loop = job.stages(made, data, overwrite=overwrite, resume=resume)
+        loop.run()
+        result = QuantizationResult(job.held(loop), recipe, made, tuple(loop.transforms), tuple(loop.layers))
+        if target is None:
+            return result
+        manifest = _write(job, result, target, overwrite=overwrite) if processes.main else {}
+        processes.barrier()
+    manifest = manifest or read_manifest(target)
+    return replace(result, output=target, manifest=manifest)
+
+
+def _write(job: QuantizationRun, result: QuantizationResult, output: Path, *, overwrite: bool) -> dict[str, Any]:
+    """The directory, from memory or from finished stages; returns its manifest."""
+    opened = job.opened
+    if opened.files is None:
+        return write(
+            result.model,
+            output,
+            result.to_dict(),
+            source=opened.directory,
+            family=opened.family,
+            inputs=job.inputs,
+            overwrite=overwrite,
+        )
+    assert opened.directory is not None
+    return write_streamed(
+        output,
+        result.to_dict() | {"source_sha256": job.source_sha256},
+        source=opened.directory,
+        files=opened.files,
+        finished=job.finished(),
+        family=opened.family,
+        inputs=job.inputs,
+        fits=job.fits(result.plan.bytes_after),
+        overwrite=overwrite,
     )
-    return replace(result, output=Path(output), manifest=manifest)
-
-
-def _open(model_or_path: nn.Module | str | Path, recipe: Recipe) -> tuple[nn.Module, Family, Path | None]:
-    """The model, its family, and the directory it came from."""
-    if isinstance(model_or_path, nn.Module):
-        check_finite(model_or_path)
-        return model_or_path, family_of_model(model_or_path, recipe.family), None
-    directory = Path(model_or_path)
-    family = family_of_config(check_source(directory), recipe.family)
-    return family.load(directory), family, directory
-
-
-def _bar(label: str, *, show: bool) -> Callable[[Sequence[Any]], Iterable[Any]]:
-    return lambda items: tqdm(items, desc=label, disable=None if show else True, leave=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from vlaquant.export import load
 from vlaquant.passes.layer import LayerRecord
 from vlaquant.passes.transform import TransformRecord
 from vlaquant.plan import Plan
@@ -19,7 +20,7 @@ class QuantizationResult:
     """The result of :func:`vlaquant.quantize`. ``str(result)`` is a summary.
 
     Attributes:
-        model: holds packed layers; the very object that was passed in, if one was.
+        held: the model, if it is in memory.
         recipe: as it was read, with all defaults.
         plan: as carried out.
         transforms: one record for every fold that was tried.
@@ -28,13 +29,21 @@ class QuantizationResult:
         manifest: what ``vlaquant.json`` holds; empty if nothing was written.
     """
 
-    model: nn.Module
+    held: nn.Module | None
     recipe: Recipe
     plan: Plan
     transforms: tuple[TransformRecord, ...]
     layers: tuple[LayerRecord, ...]
     output: Path | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with packed layers: the very object that was passed in, if one was; else read from ``output``."""
+        if self.held is not None:
+            return self.held
+        assert self.output is not None
+        return load(self.output)
 
     @property
     def mean_relative_loss(self) -> float | None:

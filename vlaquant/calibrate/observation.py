@@ -1,16 +1,19 @@
 """Collecting :class:`ActStats` with hooks, while the caller runs the model."""
 
 import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlaquant.calibrate.statistics import ActStats, RunningStats, no_stats
+from vlaquant.calibrate.statistics import ActStats, RunningStats, final_stats, no_stats, row_keys
 from vlaquant.errors import CalibrationError
+
+#: Calls of fewer rows are counted together, though never over the end of a sample: counting costs k² even for one row.
+_WORTH_COUNTING = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -19,7 +22,7 @@ class _Group:
 
     All layers of one width begin in one group. The first member to read new rows leaves them ``pending``; members that
     read equal rows catch up. When a member reads something else, those still behind leave with the statistics as they
-    were, and only then are the pending rows counted. Groups are only ever split, so sharing cannot be wrong.
+    were, and only then are the pending rows ``settled``. Groups are only ever split, so sharing cannot be wrong.
     """
 
     members: set[str]
@@ -28,6 +31,9 @@ class _Group:
     running: RunningStats | None = None
     pending: Tensor | None = None
     behind: set[str] = field(default_factory=set)
+    settled: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    calls: int = 0
 
 
 class Observation:
@@ -52,11 +58,21 @@ class Observation:
             group.members.add(name)
             self._group_of[name] = group
 
-    def begin_sample(self, mask: Tensor | None = None) -> None:
-        """Say that the next sample starts (so that errors can name it) and which of its tokens count."""
-        self._sample = 0 if self._sample is None else self._sample + 1
+    def begin_sample(self, mask: Tensor | None = None, *, index: int | None = None) -> None:
+        """Say that the next sample starts, and which of its tokens count.
+
+        Args:
+            mask: see the attribute.
+            index: which one of all samples it is, whoever takes the others; by default the one after the last. Errors
+                name it, and the draw of sampled rows depends on it.
+        """
+        self._count_all()
+        if index is None:
+            index = 0 if self._sample is None else self._sample + 1
+        self._sample = index
         self.mask = mask
-        self._settle_all()
+        for group in self._groups():
+            group.calls = 0
 
     def record(self, name: str, x: Tensor) -> None:
         """Take in what layer ``name`` is about to read, [..., k]. The hooks call this.
@@ -68,39 +84,51 @@ class Observation:
         rows = self._real_tokens(x.detach())
         if rows.shape[0] == 0:
             return
-        self._require_finite(name, rows)
         group = self._group_of[name]
+        # What is equal to rows that were finite is finite
         if name in group.behind and _equal(rows, group.pending):
             group.behind.remove(name)
         else:
+            self._require_finite(name, rows)
             self._settle(group)
             group = self._group_of[name]
             group.behind = group.members - {name}
-            # A private copy: the model may go on to change x in place.
-            group.pending = rows.clone() if group.behind else rows
+            # A private copy of what is not counted at once: the model may go on to change x in place.
+            waits = bool(group.behind) or len(rows) < _WORTH_COUNTING
+            group.pending = rows.clone() if waits else rows
         if not group.behind:
             self._settle(group)
 
     def stats(self) -> dict[str, ActStats]:
-        """Statistics of every layer that saw a token. Layers that always read the same rows share one object."""
-        self._settle_all()
-        return {name: g.running.stats for name, g in self._group_of.items() if g.running is not None}
+        """Statistics of every layer that saw a token, made anew; layers that always read the same rows share one."""
+        return final_stats(self.running())
+
+    def running(self) -> dict[str, RunningStats]:
+        """The sums behind :meth:`stats`, which grow with the next sample; one object for layers that share.
+
+        What several processes saw of one layer is added with :func:`vlaquant.calibrate.statistics.merge`, and then
+        :func:`~vlaquant.calibrate.statistics.final_stats` makes statistics of it.
+        """
+        self._count_all()
+        return {name: group.running for name, group in self._group_of.items() if group.running is not None}
 
     def shared(self) -> dict[str, str]:
         """For every layer that saw a token, the first layer (in the order of ``names``) that read the same rows."""
-        self._settle_all()
         leader: dict[int, str] = {}
-        seen = [(name, group) for name, group in self._group_of.items() if group.running is not None]
-        return {name: leader.setdefault(id(group), name) for name, group in seen}
+        return {name: leader.setdefault(id(running), name) for name, running in self.running().items()}
 
-    def check(self, min_tokens: int = 1) -> None:
+    def check(self, min_tokens: int = 1, *, seen: Mapping[str, RunningStats] | None = None) -> None:
         """Make sure that the data reached every layer.
+
+        Args:
+            min_tokens: least number.
+            seen: sums of all processes, to look at in place of those of this one.
 
         Raises:
             CalibrationError: layers that saw fewer than ``min_tokens`` tokens, each named with its count.
         """
-        stats = self.stats()
-        counts = {name: stats[name].tokens if name in stats else 0 for name in self._group_of}
+        seen = self.running() if seen is None else seen
+        counts = {name: seen[name].tokens if name in seen else 0 for name in self._group_of}
         starved = [f"{name} ({count})" for name, count in counts.items() if count < min_tokens]
         if starved:
             raise CalibrationError(
@@ -117,6 +145,9 @@ class Observation:
         return x[mask.to(x.device)]
 
     def _require_finite(self, name: str, rows: Tensor) -> None:
+        # One pass without a copy; a sum may overflow where no value is bad
+        if rows.sum().isfinite():
+            return
         bad = int((~rows.isfinite().all(dim=-1)).sum())
         if bad:
             where = "" if self._sample is None else f" in sample {self._sample}"
@@ -126,22 +157,49 @@ class Observation:
                 "calibrate in float32"
             )
 
-    def _settle_all(self) -> None:
-        for group in {id(group): group for group in self._group_of.values()}.values():
+    def _groups(self) -> list[_Group]:
+        return list({id(group): group for group in self._group_of.values()}.values())
+
+    def _count_all(self) -> None:
+        for group in self._groups():
             self._settle(group)
+        for group in self._groups():
+            self._count(group)
 
     def _settle(self, group: _Group) -> None:
-        """Count the pending rows for those who read them; the others leave with the statistics as they were."""
+        """Take the pending rows for those who read them; the others leave with the statistics as they were."""
         if group.pending is None:
             return
         if group.behind:
-            parted = _Group(group.behind, group.features, group.hessian, group.running)
-            self._group_of.update(dict.fromkeys(group.behind, parted))
-            group.members = group.members - group.behind
-            group.behind = set()
-        running = group.running or no_stats(group.features, hessian=group.hessian, device=group.pending.device)
-        group.running = running.add(group.pending, sample_rows=self._sample_rows, seed=self._seed)
-        group.pending = None
+            self._part(group)
+        rows, group.pending = group.pending, None
+        group.settled.append(rows)
+        group.keys.append(row_keys(len(rows), seed=self._seed, sample=self._sample or 0, call=group.calls))
+        group.calls += 1
+        if sum(map(len, group.settled)) >= _WORTH_COUNTING:
+            self._count(group)
+
+    def _part(self, group: _Group) -> None:
+        """Take those who did not read the pending rows out of the group."""
+        running = None if group.running is None else group.running.copy()
+        parted = replace(group, members=group.behind, running=running, pending=None, behind=set())
+        # The tensors are shared, as nobody writes into them
+        parted.settled, parted.keys = list(group.settled), list(group.keys)
+        self._group_of.update(dict.fromkeys(group.behind, parted))
+        group.members = group.members - group.behind
+        group.behind = set()
+
+    def _count(self, group: _Group) -> None:
+        """Add the settled rows to the sums."""
+        if not group.settled:
+            return
+        rows, keys = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (group.settled, group.keys))
+        group.settled, group.keys = [], []
+        if group.running is None:
+            group.running = no_stats(
+                group.features, hessian=group.hessian, sample_rows=self._sample_rows, device=rows.device
+            )
+        group.running.add_(rows, keys)
 
 
 def _some(names: list[str]) -> str:
@@ -184,7 +242,8 @@ def observe(
     Raises:
         CalibrationError: a name that is no plain ``nn.Linear`` of the model; while running, NaN or Inf activations.
     """
-    linears = {name: _linear(model, name) for name in names}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    linears = {name: _linear(modules, name) for name in names}
     unwatched = sorted(set(hessian_for) - set(names))
     if unwatched:
         raise CalibrationError(f"a Hessian is wanted for layers that are not watched: {', '.join(unwatched)}")
@@ -204,8 +263,7 @@ def _recorder(observation: Observation, name: str) -> Any:
     return record
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    modules = dict(model.named_modules(remove_duplicate=False))
+def _linear(modules: Mapping[str, nn.Module], name: str) -> nn.Linear:
     module = modules.get(name)
     # Exactly nn.Linear: subclasses such as the output projection of nn.MultiheadAttention are not called through hooks.
     if type(module) is nn.Linear:

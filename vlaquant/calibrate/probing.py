@@ -1,13 +1,17 @@
 """One sample, run to learn what the Linears of a model do, before anything is spent on data."""
 
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from vlaquant.calibrate.flow import Flow, find_flow
+from vlaquant.calibrate.provenance import Functions, Operators, Provenance
+from vlaquant.calibrate.units import Stage, find_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,7 @@ class ProbeResult:
         never_ran: those that were never called: dead, or used functionally.
         functional: those whose weight was computed with outside of their own forward, such as
             ``F.linear(x, lm_head.weight[:n])`` or a weight tied to an embedding. Packing them would break the model.
+        flow: how data flows between the units.
     """
 
     order: tuple[str, ...]
@@ -28,41 +33,70 @@ class ProbeResult:
     shared: tuple[tuple[str, ...], ...]
     never_ran: tuple[str, ...]
     functional: tuple[str, ...]
+    flow: Flow
 
 
-def probe(model: nn.Module, run_one: Callable[[], object]) -> ProbeResult:
-    """Watch the Linears of ``model`` while ``run_one`` takes one sample through it.
+def probe(model: nn.Module, run_one: Callable[[], object], units: Sequence[Stage] | None = None) -> ProbeResult:
+    """Watch the Linears and units of ``model`` while ``run_one`` takes one sample through it.
 
     Being watched turns off the fast path of ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention``, which reads
     weights without calling their Linears. These look harmless here and have to be left out by type.
+
+    Args:
+        model: in evaluation mode.
+        run_one: runs the sample.
+        units: all of the model's; found if they are not given.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    units = find_units(model) if units is None else units
+    provenance = Provenance({name: stage.unit for stage in units for name in stage.linears})
     inputs = _Inputs()
-    weights = _WeightUse(linears)
+    functions = Functions(linears, provenance)
     with ExitStack() as stack:
         for name, linear in linears.items():
-            enter, leave = _call_hooks(name, inputs, weights)
+            enter, leave = _call_hooks(name, inputs, functions, provenance)
             stack.callback(linear.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(linear.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(weights)
-        run_one()
+        for unit in (stage.unit for stage in units):
+            module = model.get_submodule(unit)
+            stack.enter_context(replaced_forward(module, provenance.wrap(unit, module.forward)))
+        stack.enter_context(functions)
+        stack.enter_context(Operators(provenance))
+        provenance.end(run_one())
     read = inputs.read_by
     return ProbeResult(
         order=tuple(read),
         calls={name: len(read.get(name, ())) for name in linears},
         shared=inputs.shared(),
         never_ran=tuple(name for name in linears if name not in read),
-        functional=tuple(name for name in linears if name in weights.used),
+        functional=tuple(name for name in linears if name in functions.used),
+        flow=find_flow(units, inputs.sequence, provenance),
     )
 
 
-def _call_hooks(name: str, inputs: "_Inputs", weights: "_WeightUse") -> tuple[Any, Any]:
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` runs ``forward`` in place of its own; hooks run as before."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = wraps(module.forward)(forward)
+    try:
+        yield
+    finally:
+        # Not setattr and delattr, which search for parameters and submodules first.
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+def _call_hooks(name: str, inputs: "_Inputs", functions: Functions, provenance: Provenance) -> tuple[Any, Any]:
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.record(name, args[0] if args else kwargs["input"])
-        weights.running.append(name)
+        functions.running.append(name)
+        provenance.enter_linear(name)
 
     def leave(_module: nn.Module, _args: object, _output: object) -> None:
-        weights.running.remove(name)
+        functions.running.remove(name)
+        provenance.leave_linear()
 
     return enter, leave
 
@@ -71,11 +105,13 @@ class _Inputs:
     """Numbers every tensor that a Linear reads, so that equal numbers mean the very same tensor."""
 
     def __init__(self) -> None:
+        self.sequence: list[str] = []
         self.read_by: dict[str, list[int]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
         self._next = 0
 
     def record(self, name: str, x: Tensor) -> None:
+        self.sequence.append(name)
         self.read_by.setdefault(name, []).append(self._number(x))
 
     def shared(self) -> tuple[tuple[str, ...], ...]:
@@ -93,36 +129,3 @@ class _Inputs:
         self._next += 1
         self._known[id(x)] = (weakref.ref(x), version, self._next)
         return self._next
-
-
-class _WeightUse(TorchFunctionMode):
-    """Sees every torch function, and notes which Linear's weight goes into one outside of that Linear's forward."""
-
-    def __init__(self, linears: dict[str, nn.Linear]) -> None:
-        super().__init__()
-        self.used: set[str] = set()
-        self.running: list[str] = []
-        self._owners: dict[int, list[str]] = {}
-        for name, linear in linears.items():
-            self._owners.setdefault(id(linear.weight), []).append(name)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # Questions about dtype, device or shape do not answer with a tensor; they are harmless.
-        if any(True for _ in _tensors(result)):
-            for tensor in _tensors([args, kwargs]):
-                owners = self._owners.get(id(tensor), ())
-                self.used.update(name for name in owners if name not in self.running)
-        return result
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))

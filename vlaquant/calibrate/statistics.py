@@ -1,12 +1,22 @@
 """Statistics of the input of one Linear that stream: O(k) for ranges and means, O(k²) for a Hessian.
 
 Letters: k input features, t tokens of one call, r rows of the sample.
+
+What is kept while they stream are sums, not means, and the big ones in float64: the same samples give the same
+statistics in whatever order they come and however they are split over processes. (A float64 sum in another order may
+differ in its last bit. Rounded to float32 that is seen in one of some 10⁸ entries, and then by one unit in the last
+place.)
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+
+#: The upper triangle of Σx·xᵀ is kept in strips of so many rows: half of the arithmetic and memory of the whole.
+_STRIP = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,7 +27,7 @@ class ActStats:
         channel_low: [k], smallest value of each input channel.
         channel_high: [k], largest value of each input channel.
         mean_abs: [k], mean of |x|.
-        hessian: [k, k], mean over the tokens of x·xᵀ; None where it was not asked for.
+        hessian: [k, k], mean over the tokens of x·xᵀ, exactly symmetric; None where it was not asked for.
         sample: [≤ r, k], tokens drawn uniformly from all that were seen.
         tokens: how many tokens were seen.
     """
@@ -45,62 +55,146 @@ class ActStats:
         return self.channel_high.max()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+#: Sums are normal tensors wherever the model runs: those of inference mode could not be changed after it.
+_normal_tensors = torch.inference_mode(mode=False)
+
+
+@dataclass(slots=True, eq=False)
 class RunningStats:
-    """Statistics so far. A value: adding rows makes a new one, so that two layers can share it until they part.
+    """Sums so far. Grows in place, because a Hessian in float64 is too large to have twice.
 
     Attributes:
-        stats: of all rows that were added.
-        keys: float64 on the CPU, one random number for each row of ``stats.sample``. The sample is made of the rows
-            with the smallest keys, which is a uniform draw without replacement whatever the number of rows to come.
+        channel_low: [k], float32.
+        channel_high: [k], float32.
+        abs_sum: [k], float64, Σ|x|.
+        strips: float64, the upper triangle of Σx·xᵀ: strip i holds rows 256·i up to 256·(i + 1) and the columns from
+            256·i on. Empty where no Hessian was asked for.
+        keys: int64 [≤ r] on the CPU, ascending: the smallest of all tokens' :func:`row_keys`.
+        sample: [≤ r, k], float32, the tokens with these keys. That is a uniform draw without replacement whatever the
+            number of tokens to come, and does not depend on their order.
+        tokens: how many.
+        sample_rows: r.
     """
 
-    stats: ActStats
+    channel_low: Tensor
+    channel_high: Tensor
+    abs_sum: Tensor
+    strips: list[Tensor]
     keys: Tensor
+    sample: Tensor
+    tokens: int
+    sample_rows: int
 
-    def add(self, rows: Tensor, *, sample_rows: int, seed: int) -> "RunningStats":
-        """These statistics with the tokens ``rows`` [t, k], t ≥ 1, taken in."""
-        rows = rows.to(device=self.stats.mean_abs.device, dtype=torch.float32)
-        before, added = self.stats, rows.shape[0]
-        tokens = before.tokens + added
-        old_share, new_share = before.tokens / tokens, 1.0 / tokens
-        hessian = before.hessian
-        if hessian is not None:
-            hessian = torch.addmm(hessian, rows.T, rows, beta=old_share, alpha=new_share)
-        kept_old, kept_new, keys = self._draw(added, sample_rows, seed)
-        stats = ActStats(
-            channel_low=torch.minimum(before.channel_low, rows.amin(dim=0)),
-            channel_high=torch.maximum(before.channel_high, rows.amax(dim=0)),
-            mean_abs=before.mean_abs * old_share + rows.abs().sum(dim=0) * new_share,
-            hessian=hessian,
-            sample=torch.cat([before.sample[kept_old], rows[kept_new]]),
-            tokens=tokens,
+    @_normal_tensors
+    def add_(self, rows: Tensor, keys: Tensor) -> None:
+        """Take in the tokens ``rows`` [t, k], t ≥ 1, any float dtype, whose keys [t] are :func:`row_keys`."""
+        rows = rows.to(device=self.abs_sum.device, dtype=torch.float32)
+        self.tokens += rows.shape[0]
+        self.abs_sum += rows.abs().sum(dim=0)
+        self.channel_low = torch.minimum(self.channel_low, rows.amin(dim=0))
+        self.channel_high = torch.maximum(self.channel_high, rows.amax(dim=0))
+        for i, strip in enumerate(self.strips):
+            start = i * _STRIP
+            strip.add_(rows[:, start : start + _STRIP].T @ rows[:, start:])
+        self._keep_(rows, keys)
+
+    @_normal_tensors
+    def merge_(self, other: "RunningStats") -> None:
+        """Take in all that ``other`` saw: other samples, of the same layer."""
+        self.tokens += other.tokens
+        self.abs_sum += other.abs_sum
+        self.channel_low = torch.minimum(self.channel_low, other.channel_low)
+        self.channel_high = torch.maximum(self.channel_high, other.channel_high)
+        for strip, others in zip(self.strips, other.strips, strict=True):
+            strip.add_(others)
+        self._keep_(other.sample, other.keys)
+
+    def _keep_(self, rows: Tensor, keys: Tensor) -> None:
+        """Put those of ``rows`` into the sample whose keys are among the smallest."""
+        if self.sample_rows and len(self.keys) == self.sample_rows:
+            better = keys < self.keys[-1]
+            if not better.any():
+                return
+            rows, keys = rows[better.to(rows.device)], keys[better]
+        every = torch.cat([self.keys, keys])
+        kept = every.argsort()[: self.sample_rows]
+        self.keys = every[kept]
+        self.sample = torch.cat([self.sample, rows])[kept.to(rows.device)]
+
+    @_normal_tensors
+    def copy(self) -> "RunningStats":
+        """The same sums in memory of their own."""
+        return replace(self, abs_sum=self.abs_sum.clone(), strips=[strip.clone() for strip in self.strips])
+
+    @_normal_tensors
+    def stats(self) -> ActStats:
+        """Means, in float32."""
+        return ActStats(
+            channel_low=self.channel_low,
+            channel_high=self.channel_high,
+            mean_abs=(self.abs_sum / self.tokens).to(torch.float32),
+            hessian=self._mean_hessian() if self.strips else None,
+            sample=self.sample,
+            tokens=self.tokens,
         )
-        return RunningStats(stats, keys)
 
-    def _draw(self, added: int, sample_rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Which of the sampled rows and which of ``added`` new ones stay, and their keys.
+    def _mean_hessian(self) -> Tensor:
+        k = len(self.abs_sum)
+        hessian = torch.empty(k, k, device=self.abs_sum.device)
+        for i, strip in enumerate(self.strips):
+            rows = slice(i * _STRIP, i * _STRIP + len(strip))
+            upper = (strip / self.tokens).to(torch.float32)
+            hessian[rows.start :, rows] = upper.T
+            # Of the corner both halves were summed, maybe in different orders
+            corner = upper[:, : len(strip)]
+            hessian[rows, rows.start :] = upper
+            hessian[rows, rows] = corner.triu() + corner.triu(1).T
+        return hessian
 
-        The keys depend on the seed and on how many tokens came before, not on the layer: layers that read the same rows
-        sample the same rows.
-        """
-        generator = torch.Generator().manual_seed(seed + self.stats.tokens)
-        keys = torch.cat([self.keys, torch.rand(added, generator=generator, dtype=torch.float64)])
-        kept = keys.topk(min(sample_rows, keys.numel()), largest=False).indices
-        is_old = kept < self.keys.numel()
-        kept_old, kept_new = kept[is_old], kept[~is_old]
-        return kept_old, kept_new - self.keys.numel(), keys[torch.cat([kept_old, kept_new])]
 
-
-def no_stats(features: int, *, hessian: bool, device: torch.device) -> RunningStats:
+@_normal_tensors
+def no_stats(features: int, *, hessian: bool, sample_rows: int, device: torch.device) -> RunningStats:
     """Statistics of no token at all."""
-    zeros = torch.zeros(features, device=device)
-    stats = ActStats(
-        channel_low=torch.full_like(zeros, torch.inf),
-        channel_high=torch.full_like(zeros, -torch.inf),
-        mean_abs=zeros,
-        hessian=torch.zeros(features, features, device=device) if hessian else None,
+    starts = range(0, features, _STRIP) if hessian else ()
+    return RunningStats(
+        channel_low=torch.full((features,), torch.inf, device=device),
+        channel_high=torch.full((features,), -torch.inf, device=device),
+        abs_sum=torch.zeros(features, dtype=torch.float64, device=device),
+        strips=[
+            torch.zeros(min(_STRIP, features - start), features - start, dtype=torch.float64, device=device)
+            for start in starts
+        ],
+        keys=torch.zeros(0, dtype=torch.int64),
         sample=torch.zeros(0, features, device=device),
         tokens=0,
+        sample_rows=sample_rows,
     )
-    return RunningStats(stats, torch.zeros(0, dtype=torch.float64))
+
+
+def row_keys(count: int, *, seed: int, sample: int, call: int) -> Tensor:
+    """int64 [count], a random number for each row of one call; they decide which rows a sample of all rows keeps.
+
+    They depend on no layer, so that layers that read the same rows sample the same rows, and on nothing that came
+    before, so that any process can take any sample.
+
+    Args:
+        count: how many rows; the first ones do not depend on it.
+        seed: of the draw, ≥ 0.
+        sample: index of the sample among all.
+        call: how many calls of the layer came before in this sample.
+    """
+    generator = np.random.default_rng((seed, sample, call))
+    return torch.from_numpy(generator.integers(np.iinfo(np.int64).max, size=count))
+
+
+def merge(a: RunningStats, b: RunningStats) -> RunningStats:
+    """Statistics of all that ``a`` and ``b`` saw; both are left as they are."""
+    merged = a.copy()
+    merged.merge_(b)
+    return merged
+
+
+def final_stats(running: Mapping[str, RunningStats]) -> dict[str, ActStats]:
+    """Means of every layer; layers with one object of sums share one object of means."""
+    made = {id(sums): sums.stats() for sums in running.values()}
+    return {name: made[id(sums)] for name, sums in running.items()}

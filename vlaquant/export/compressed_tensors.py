@@ -6,7 +6,6 @@ list of exceptions, a name that differs between file and model silently quantize
 
 import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,6 +107,14 @@ def _spec(arguments: Mapping[str, Any]) -> QuantSpec:
     )
 
 
+def file_names(skeleton: nn.Module) -> list[str]:
+    """Names of the tensors that a model on the meta device has in its file; of tied ones, the first."""
+    names: dict[int, str] = {}
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), name)
+    return list(names.values())
+
+
 def file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors under their live names; of tensors that share memory (tied weights), the first."""
     tensors: dict[str, Tensor] = {}
@@ -119,14 +126,3 @@ def file_tensors(model: nn.Module) -> dict[str, Tensor]:
         seen.add(key)
         tensors[name] = tensor
     return tensors
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what made a checkpoint, for its manifest."""
-    packages = {}
-    for package in ("vlaquant", "torch", "transformers", "safetensors", "compressed-tensors"):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = "not installed"
-    return packages

@@ -10,7 +10,7 @@ from vlaquant.checkpoint import check_source, read_config, read_manifest, read_t
 from vlaquant.errors import CheckpointError
 from vlaquant.families import FAMILIES, family_of_config
 from vlaquant.linear import empty_linear, replace_module_
-from vlaquant.plan import Plan, plan_from_dict
+from vlaquant.plan import plan_from_dict
 
 
 def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
@@ -33,15 +33,20 @@ def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
 
 def load_packed(directory: Path, manifest: dict[str, Any], *, model: nn.Module | None = None) -> nn.Module:
     """:func:`load` for a directory whose manifest has been read."""
-    plan = plan_from_dict(manifest["plan"])
-    if model is None:
-        model = FAMILIES[plan.family].build(directory)
-    _replace_planned_(model, plan)
+    model = packed_skeleton(directory, manifest, model=model)
     _fill_(model, directory)
     return model.eval()
 
 
-def _replace_planned_(model: nn.Module, plan: Plan) -> None:
+def packed_skeleton(directory: Path, manifest: dict[str, Any], *, model: nn.Module | None = None) -> nn.Module:
+    """The model with empty packed layers; on the meta device, unless a ``model`` to be changed is given.
+
+    Raises:
+        CheckpointError: the manifest does not fit the model.
+    """
+    plan = plan_from_dict(manifest["plan"])
+    if model is None:
+        model = FAMILIES[plan.family].build(directory)
     modules = dict(model.named_modules())
     for name, layer in plan.quantized.items():
         old = modules.get(name)
@@ -53,6 +58,7 @@ def _replace_planned_(model: nn.Module, plan: Plan) -> None:
                 old.in_features, old.out_features, layer.scheme, bias=old.bias is not None, dtype=old.weight.dtype
             )
         replace_module_(model, name, new)
+    return model
 
 
 def _fill_(model: nn.Module, directory: Path) -> None:

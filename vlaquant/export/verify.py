@@ -1,28 +1,22 @@
 """Does the written directory hold what was in memory? Asked in a process that knows nothing but the directory."""
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from vlaquant.checkpoint import read_tensors, weight_files
+from vlaquant.engine.fingerprint import digest
 from vlaquant.errors import ExportError
 from vlaquant.export.compressed_tensors import file_tensors
 from vlaquant.families import GENERIC, Family, Inputs
-
-
-def digest(tensor: Tensor) -> str:
-    """SHA-256 over dtype, shape and bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return hashlib.sha256(head + flat.numpy().tobytes()).hexdigest()
 
 
 def verify(model: nn.Module, directory: Path, family: Family, inputs: Inputs | None) -> dict[str, str | int]:
@@ -56,15 +50,41 @@ def verify(model: nn.Module, directory: Path, family: Family, inputs: Inputs | N
     return {"tensors": len(report), "output": "equal bit for bit", "output_values": expected.numel()}
 
 
+def verify_tensors(directory: Path, wanted: Mapping[str, str]) -> dict[str, str | int]:
+    """Compare every tensor bit for bit in a fresh process, one at a time, for checkpoints larger than the memory.
+
+    Args:
+        directory: has to fit its model: the names, shapes and dtypes are those that the loader wants.
+        wanted: digests by name.
+
+    Raises:
+        ExportError: the directory differs, or does not fit.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch, "report.safetensors")
+        _run_fresh(directory, None, report)
+        found = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
+    compare_digests(directory, wanted, found)
+    return {"tensors": len(found), "output": "not compared: the model is larger than the memory that was allowed"}
+
+
 def _compare(model: nn.Module, directory: Path, found: dict[str, str]) -> None:
-    wanted = {name: digest(tensor) for name, tensor in file_tensors(model).items()}
+    compare_digests(directory, {name: digest(tensor) for name, tensor in file_tensors(model).items()}, found)
+
+
+def compare_digests(directory: Path, wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Compare digests by tensor name.
+
+    Raises:
+        ExportError: some differ, or are on one side only.
+    """
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if wrong:
         raise ExportError(f"{directory}: {len(wrong)} tensors differ from those in memory: {', '.join(wrong[:5])}")
 
 
-def _run_fresh(directory: Path, inputs_file: Path, report_file: Path) -> None:
-    arguments = [str(path) for path in (directory, inputs_file, report_file)]
+def _run_fresh(directory: Path, inputs_file: Path | None, report_file: Path) -> None:
+    arguments = [str(path) for path in (directory, inputs_file or "-", report_file)]
     threads = str(torch.get_num_threads())
     done = subprocess.run(
         [sys.executable, "-m", "vlaquant.export.fresh", *arguments, threads],

@@ -1,6 +1,7 @@
-"""A quantized model in memory → a directory, verified before it takes its name."""
+"""A quantized model → a directory, verified before it takes its name."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,23 @@ from torch import nn
 
 from vlaquant.checkpoint import (
     MANIFEST,
+    TensorFiles,
     atomic_directory,
     copy_side_files,
+    join_tensor_files,
     read_config,
+    require_finite,
     sha256,
     weight_files,
     write_json,
     write_tensors,
 )
+from vlaquant.engine.fingerprint import digest, package_versions
+from vlaquant.engine.work import Finished
 from vlaquant.errors import ExportError
-from vlaquant.export.compressed_tensors import file_tensors, package_versions, to_quantization_config
-from vlaquant.export.verify import verify
+from vlaquant.export.compressed_tensors import file_names, file_tensors, to_quantization_config
+from vlaquant.export.loading import load_packed, packed_skeleton
+from vlaquant.export.verify import compare_digests, verify, verify_tensors
 from vlaquant.families import Family, Inputs
 
 
@@ -32,7 +39,7 @@ def write(
     inputs: Inputs | None,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Write ``model`` to ``output`` and verify it in a fresh process; all or nothing.
+    """Write a model in memory to ``output`` and verify it in a fresh process; all or nothing.
 
     Args:
         model: holds packed layers.
@@ -53,22 +60,93 @@ def write(
         write_tensors(partial, file_tensors(model))
         side = _write_side_files(model, partial, source)
         config = _float_config(model, source) | {"quantization_config": to_quantization_config(model)}
-        write_json(partial / "config.json", config)
-        manifest = manifest | {
-            "versions": package_versions(),
-            "source_sha256": {} if source is None else {path.name: sha256(path) for path in weight_files(source)},
-            "output_sha256": {path.name: sha256(path) for path in [*weight_files(partial), partial / "config.json"]},
-            "side_files_sha256": side,
-            "complete": False,
-        }
-        write_json(partial / MANIFEST, manifest)
-        manifest["verification"] = verify(model, partial, family, inputs)
-        manifest["bytes_on_disk"] = {
-            "weights": sum(path.stat().st_size for path in weight_files(partial)),
-            "source_weights": None if source is None else sum(path.stat().st_size for path in weight_files(source)),
-        }
-        manifest["complete"] = True
-        write_json(partial / MANIFEST, manifest)
+        return _complete(partial, manifest, config, side, source, lambda _: verify(model, partial, family, inputs))
+
+
+def write_streamed(
+    output: Path,
+    manifest: dict[str, Any],
+    *,
+    source: Path,
+    files: TensorFiles,
+    finished: Sequence[Finished],
+    family: Family,
+    inputs: Inputs | None,
+    fits: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """As :func:`write`, for a model that is never in memory: tensors are copied from finished units and the source.
+
+    Args:
+        output: the directory to make.
+        manifest: as for :func:`write`.
+        source: the float checkpoint.
+        files: its tensors.
+        finished: the quantized units.
+        family: as for :func:`write`.
+        inputs: as for :func:`write`.
+        fits: whether the packed model may be loaded, to compare its output in two processes.
+        overwrite: replace what is there.
+
+    Raises:
+        ExportError: as for :func:`write`.
+        CheckpointError: the source changed, or a tensor that no stage looked at holds NaN or Inf.
+    """
+    with atomic_directory(output, overwrite=overwrite) as partial:
+        side = copy_side_files(source, partial)
+        write_json(partial / "config.json", read_config(source))
+        skeleton = packed_skeleton(partial, manifest)
+        places = {name: unit.files for unit in finished for name in unit.digests}
+        names = file_names(skeleton)
+        join_tensor_files([(name, places.get(name, files), name) for name in names], partial)
+        wanted = {name: value for unit in finished for name, value in unit.digests.items()}
+        wanted |= {name: _checked_digest(name, files, source) for name in names if name not in wanted}
+        config = read_config(source) | {"quantization_config": to_quantization_config(skeleton)}
+
+        def check(unfinished: dict[str, Any]) -> dict[str, str | int]:
+            if not fits:
+                return verify_tensors(partial, wanted)
+            model = load_packed(partial, unfinished)
+            found = {name: digest(tensor) for name, tensor in file_tensors(model).items()}
+            compare_digests(partial, wanted, found)
+            return verify(model, partial, family, inputs)
+
+        return _complete(partial, manifest, config, side, source, check)
+
+
+def _checked_digest(name: str, files: TensorFiles, source: Path) -> str:
+    """The digest of a tensor that is copied as it is."""
+    tensor = files.read(name)
+    require_finite(name, tensor, source)
+    return digest(tensor)
+
+
+def _complete(
+    partial: Path,
+    manifest: dict[str, Any],
+    config: dict[str, Any],
+    side: dict[str, str],
+    source: Path | None,
+    check: Callable[[dict[str, Any]], dict[str, str | int]],
+) -> dict[str, Any]:
+    """Everything after the weights: config, manifest, verification."""
+    write_json(partial / "config.json", config)
+    if "source_sha256" not in manifest:
+        manifest["source_sha256"] = {} if source is None else {path.name: sha256(path) for path in weight_files(source)}
+    manifest = manifest | {
+        "versions": package_versions(),
+        "output_sha256": {path.name: sha256(path) for path in [*weight_files(partial), partial / "config.json"]},
+        "side_files_sha256": side,
+        "complete": False,
+    }
+    write_json(partial / MANIFEST, manifest)
+    manifest["verification"] = check(manifest)
+    manifest["bytes_on_disk"] = {
+        "weights": sum(path.stat().st_size for path in weight_files(partial)),
+        "source_weights": None if source is None else sum(path.stat().st_size for path in weight_files(source)),
+    }
+    manifest["complete"] = True
+    write_json(partial / MANIFEST, manifest)
     return manifest
 
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from vlaquant.errors import CalibrationError
-from vlaquant.numerics import Observer, QuantizedWeight, fake_quantize, qparams, quantize_weight
+from vlaquant.numerics import Observer, QuantizedWeight, fake_quantize, min_max, qparams, quantize_weight
+from vlaquant.passes.loss import row_losses
 from vlaquant.scheme import Granularity, QuantSpec
 
 _SMALLEST_SCALE = 1e-4
+_MEASURED = 3
 _CLIP_STEP = 0.05
 # The authors stop at 50 %; with 2 bits the best range is often narrower.
 _CLIP_SMALLEST = 0.3
@@ -54,25 +56,41 @@ def awq_scales(mean_abs: Tensor, grid: int = 20) -> list[tuple[float, Tensor]]:
     return candidates
 
 
-def awq_scale(mean_abs: Tensor, loss: Callable[[Tensor], float], *, grid: int = 20) -> AwqResult:
+def awq_scale(
+    mean_abs: Tensor,
+    loss: Callable[[Tensor], float],
+    *,
+    grid: int = 20,
+    estimate: Callable[[Tensor], float] | None = None,
+) -> AwqResult:
     """The scale with the least output error of everything that reads the input.
 
     Args:
         mean_abs: [k], mean of |x| over the tokens.
         loss: scale [k] -> output error with rounded weights (equation 4), and rounded inputs where the scheme has them.
         grid: how many exponents to try; the first is 0, so that the result is never worse than no scale.
+        estimate: something cheaper than ``loss`` to choose by, in any unit. Only the best three by it, and no scale,
+            are then compared by ``loss``.
 
     Raises:
         CalibrationError: the error without a scale is not finite.
     """
-    tried = [(loss(scale), ratio, scale) for ratio, scale in awq_scales(mean_abs, grid)]
+    candidates = awq_scales(mean_abs, grid)
+    if estimate is not None:
+        promising = sorted(candidates[1:], key=lambda candidate: _worst_if_nan(estimate(candidate[1])))
+        candidates = [candidates[0], *promising[:_MEASURED]]
+    tried = [(loss(scale), ratio, scale) for ratio, scale in candidates]
     loss_rtn = tried[0][0]
     if not abs(loss_rtn) < torch.inf:
         raise CalibrationError(
             f"the output error without a scale is {loss_rtn}; look for NaN or Inf in weights and data"
         )
-    best, ratio, scale = min(tried, key=lambda entry: entry[0] if entry[0] == entry[0] else torch.inf)
+    best, ratio, scale = min(tried, key=lambda entry: _worst_if_nan(entry[0]))
     return AwqResult(scale, ratio, best, loss_rtn)
+
+
+def _worst_if_nan(loss: float) -> float:
+    return loss if loss == loss else torch.inf
 
 
 def awq_clip(weight: Tensor, hessian: Tensor, spec: QuantSpec, *, scale_dtype: torch.dtype) -> QuantizedWeight:
@@ -86,40 +104,41 @@ def hessian_observer(hessian: Tensor) -> Observer:
     Of the ranges 100 %, 95 % … 30 % of the full one it takes that with the least δᵀ·H_gg·δ. Groups are treated one by
     one, as in the paper: that the errors of two groups may add up is not seen.
     """
+    hessian = hessian.to(torch.float32)
 
     def observe(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        groups = groups.to(torch.float32)
-        blocks = _diagonal_blocks(hessian.to(torch.float32), spec.group_size)
         columns = groups.shape[1] * groups.shape[2]
         per_tensor = spec.granularity is Granularity.TENSOR
         assert (columns % len(hessian) if per_tensor else columns - len(hessian)) == 0, "only for a whole weight [n, k]"
-        low, high = groups.aminmax(dim=-1, keepdim=True)
+        blocks = _diagonal_blocks(hessian, spec.group_size) if spec.group_size else None
+        # Groups first, so that each is one contiguous matrix to multiply with its block
+        groups = groups.to(torch.float32).transpose(0, 1).contiguous()
+        low, high = min_max(groups)
         best_scale, best_zero = qparams(low, high, spec, dtype)
         best = torch.full_like(best_scale, torch.inf)
         for step in range(round((1.0 - _CLIP_SMALLEST) / _CLIP_STEP) + 1):
             ratio = 1.0 - step * _CLIP_STEP
             scale, zero = qparams(low * ratio, high * ratio, spec, dtype)
-            delta = fake_quantize(groups, scale, zero, spec) - groups
-            error = _block_loss(delta, blocks, spec)
+            delta = fake_quantize(groups, scale, zero, spec).sub_(groups)
+            error = _block_loss(delta, blocks, hessian)
             better = error < best
             best = torch.where(better, error, best)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
-        return best_scale, best_zero
+        return best_scale.transpose(0, 1), best_zero.transpose(0, 1)
 
     return observe
 
 
-def _diagonal_blocks(hessian: Tensor, group_size: int | None) -> Tensor:
-    """[g, s, s]: the blocks of ``hessian`` that belong to one group each; all of it if there are no groups."""
-    k = len(hessian)
-    s = group_size or k
-    return torch.stack([hessian[start : start + s, start : start + s] for start in range(0, k, s)])
+def _diagonal_blocks(hessian: Tensor, group_size: int) -> Tensor:
+    """[g, s, s], a view: the blocks of ``hessian`` that belong to one group each."""
+    groups = len(hessian) // group_size
+    return hessian.reshape(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _block_loss(delta: Tensor, blocks: Tensor, spec: QuantSpec) -> Tensor:
-    """δᵀ·H_gg·δ for each scale, shaped as the scales: [n, g, 1], or [1, 1, 1] per tensor."""
-    g, s, _ = blocks.shape
-    columns = delta.reshape(-1, g, s).transpose(0, 1)
-    loss = ((columns @ blocks) * columns).sum(dim=-1).T.unsqueeze(-1)
-    return loss.sum(dim=0, keepdim=True) if spec.granularity is Granularity.TENSOR else loss
+def _block_loss(delta: Tensor, blocks: Tensor | None, hessian: Tensor) -> Tensor:
+    """δᵀ·H_gg·δ of groups [g, n, s]: [g, n, 1]; without blocks, of rows [1, n, k] or of a whole weight [1, 1, n·k]."""
+    if blocks is not None:
+        return (delta @ blocks).mul_(delta).sum(dim=-1, keepdim=True)
+    losses = row_losses(delta.reshape(-1, len(hessian)), hessian)
+    return losses.reshape(1, delta.shape[1], -1).sum(dim=-1, keepdim=True)

@@ -54,12 +54,13 @@ def fold_norm_(norm: nn.Module, scale: Tensor, linears: Iterable[nn.Linear] = ()
 def scaled_stats(stats: ActStats, scale: Tensor) -> ActStats:
     """The statistics of x / scale, from those of x: what calibration would see after a fold."""
     scale = scale.to(stats.mean_abs)
+    hessian = None if stats.hessian is None else (stats.hessian / scale).div_(scale.unsqueeze(-1))
     return replace(
         stats,
         channel_low=stats.channel_low / scale,
         channel_high=stats.channel_high / scale,
         mean_abs=stats.mean_abs / scale,
-        hessian=None if stats.hessian is None else stats.hessian / scale / scale.unsqueeze(-1),
+        hessian=hessian,
         sample=stats.sample / scale,
     )
 

@@ -1,15 +1,21 @@
 """GPTQ: round one column at a time, and let the columns still to come make up for its error.
 
 Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; dead columns, damping and activation order as in the
-authors' code. Three things differ, none of which changes the idea:
+authors' code. What differs does not change the idea:
 
-* The factor U with H⁻¹ = UᵀU comes from one Cholesky factorization of H, read backwards, without inverting H. It is the
-  same matrix (there is only one) at less cost; with the usual damping float32 gives six good digits of it.
-* Blocks end where groups end, so that the block size changes speed and memory, but not the codes.
+* Algorithm 1 takes the factor U of H⁻¹ = UᵀU and passes the error of each column on to all later ones. Here H itself is
+  factored, H = RRᵀ with R upper triangular (so R = U⁻¹), and each column fetches what the errors δ = w - ŵ of all
+  earlier ones, counted from the original weight, leave to it: column j becomes w_j + Σ_{i<j} δ_i·R_ij / R_jj before it
+  is rounded. The two are equal (Chen et al. 2025, arXiv:2507.18553, who call it Babai's nearest plane), and nothing is
+  inverted.
+* Columns lie in memory backwards and as rows. Backwards, because R read so is the ordinary Cholesky factor L.
+* The block size changes speed and memory, but not the codes.
 * In activation order the scales of a group are those of its original columns, and columns return to their places: the
   result is stored like any other and needs no index of groups.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,17 +26,22 @@ from vlaquant.numerics import (
     OBSERVERS,
     Observer,
     QuantizedWeight,
+    all_finite,
     as_quantized,
-    from_codes,
+    fit_groups,
     quantize_weight,
-    split_groups,
-    to_codes,
+    round_to_codes_,
 )
 from vlaquant.scheme import Granularity, QuantSpec
 
 #: Damping grows tenfold until the Hessian can be factored, but not beyond this share of its mean diagonal.
 MAX_DAMP = 1.0
 _MIN_RETRY_DAMP = 1e-3
+#: Columns that are corrected one by one, by those before them in the same few.
+_FEW = 32
+#: Rows of the weight that are solved together, and columns of a factor that are made together: bounds for memory.
+_ROWS = 8192
+_PANEL = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,12 +52,14 @@ class GptqResult:
         damp: the damping that was used: what was asked for, unless the Hessian needed more.
         dead_columns: input channels that were 0 for every token; their weights are rounded to nearest.
         fallback: why the weight was rounded to nearest instead; None if it was not.
+        float64: whether the Hessian could be factored with this damping in float64 only.
     """
 
     weight: QuantizedWeight
     damp: float
     dead_columns: int
     fallback: str | None
+    float64: bool = False
 
 
 def gptq(
@@ -70,7 +83,8 @@ def gptq(
         clip: how ranges are chosen: the name of one of :data:`vlaquant.numerics.OBSERVERS`, or an observer, such as
             that of :func:`vlaquant.passes.awq.hessian_observer`, which fits whole weights and so needs ``act_order``.
         damp: share of the mean of the Hessian's diagonal that is added to the diagonal.
-        block_size: columns whose corrections reach the rest of the weight together.
+        block_size: columns that are corrected together for all errors before them. Without ``act_order`` that is a
+            group, where there are groups.
         act_order: begin with the columns that see the largest activations, with the group scales fixed beforehand.
             Otherwise columns go in order, and the scales of a group are chosen at its turn, from the corrected weight.
 
@@ -80,96 +94,191 @@ def gptq(
     """
     _require_finite(weight, hessian)
     observer = OBSERVERS[clip] if isinstance(clip, str) else clip
-    W = weight.detach().to(torch.float32, copy=True)
-    H = hessian.to(torch.float32, copy=True)
-
-    dead = H.diagonal() == 0
-    dead_columns = int(dead.sum())
-    # Over the live columns: the arbitrary 1 of the dead ones must not set the damping.
-    mean = float(H.diagonal()[~dead].mean()) if dead_columns < len(H) else 0.0
-    H.diagonal()[dead] = 1.0
-    columns = torch.arange(len(H), device=H.device)
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else columns
-    U, damp, trouble = _inverse_factor(H[order][:, order], mean, damp)
-    if U is None:
+    weight = weight.detach()
+    factored = _factor(hessian, damp, act_order=act_order)
+    if factored.L is None:
         plain = quantize_weight(weight, spec, scale_dtype=scale_dtype, observer=observer)
-        return GptqResult(plain, damp, dead_columns, f"{trouble}; rounded to nearest")
+        return GptqResult(plain, factored.damp, factored.dead, f"{factored.trouble}; rounded to nearest")
 
-    grid = _Grid(W, spec, observer, scale_dtype)
     grow = not act_order and spec.granularity is Granularity.GROUP
     if grow:
-        block_size = max(block_size // grid.group_size, 1) * grid.group_size
-    codes = torch.empty_like(W)
-    codes[:, order] = _round_columns(W[:, order], U, grid, order.tolist(), block_size=block_size, grow=grow)
-    return GptqResult(as_quantized(codes, grid.scale, grid.zero, spec, scale_dtype), damp, dead_columns, None)
+        assert spec.group_size is not None
+        block_size = spec.group_size
+    n, k = weight.shape
+    codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    scale, zero = fit_groups(weight, spec, observer, scale_dtype)
+    place = factored.order.argsort()
+    for start in range(0, n, _ROWS):
+        rows = slice(start, start + _ROWS)
+        grid = _Grid(scale, zero, rows, spec, observer, scale_dtype)
+        W = weight[rows].to(torch.float32).T.contiguous()[factored.order]
+        solved = _round_columns(W, factored.L, grid, factored.order.tolist(), block_size=block_size, grow=grow)
+        codes[rows] = solved[place].T.contiguous()
+    quantized = as_quantized(codes, scale, zero, spec, scale_dtype)
+    return GptqResult(quantized, factored.damp, factored.dead, None, factored.float64)
 
 
 def _require_finite(weight: Tensor, hessian: Tensor) -> None:
     where = f"a weight of shape {list(weight.shape)}"
-    if not hessian.isfinite().all():
+    if not all_finite(hessian):
         raise CalibrationError(f"the Hessian of {where} holds NaN or Inf; look at the calibration data")
-    if not weight.isfinite().all():
+    if not all_finite(weight):
         raise CheckpointError(f"{where} holds NaN or Inf; look at the checkpoint")
 
 
-def _inverse_factor(H: Tensor, mean: float, damp: float) -> tuple[Tensor | None, float, str]:
-    """Upper triangular U with (H + damp·mean·I)⁻¹ = UᵀU and the damping that it took; or None, and why."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Factor:
+    """A factored Hessian.
+
+    Attributes:
+        L: [k, k], of the damped Hessian in the order below, its columns divided by its diagonal. What lies above the
+            diagonal means nothing. None if it cannot be factored.
+        order: [k], which column of the weight is which of L; the last one is to be rounded first.
+        trouble: why L is None.
+    """
+
+    L: Tensor | None
+    order: Tensor
+    damp: float
+    dead: int
+    trouble: str = ""
+    float64: bool = False
+
+
+def _factor(hessian: Tensor, damp: float, *, act_order: bool) -> _Factor:
+    """Factor with as little damping as it takes, and for each damping in float64 where float32 fails."""
+    diagonal = hessian.diagonal().to(torch.float32)
+    dead = diagonal == 0
+    # Over the live columns: the arbitrary 1 of the dead ones must not set the damping.
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 0.0
+    diagonal = diagonal.masked_fill(dead, 1.0)
+    first_to_last = torch.arange(len(diagonal), device=diagonal.device)
+    if act_order:
+        first_to_last = torch.argsort(diagonal, descending=True, stable=True)
+    order, dead_columns = first_to_last.flip(0), int(dead.sum())
     if mean == 0.0:
-        return None, damp, "every input is 0"
+        return _Factor(None, order, damp, dead_columns, "every input is 0")
     while True:
-        # With rows and columns reversed, L·Lᵀ becomes R·Rᵀ with R upper triangular, and U is the inverse of R.
-        reversed_H = H.flip(0, 1)
-        reversed_H.diagonal().add_(damp * mean)
-        lower, info = torch.linalg.cholesky_ex(reversed_H)
-        if not info.any():
-            eye = torch.eye(len(H), device=H.device)
-            U = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-            if U.isfinite().all():
-                return U, damp, ""
+        for dtype in (torch.float32, torch.float64):
+            L = _gathered(hessian, order, dtype)
+            L.diagonal().copy_(diagonal[order].to(dtype) + damp * mean)
+            if _cholesky_(L):
+                L /= L.diagonal().clone()
+                L = L.to(torch.float32)
+                if all_finite(L):
+                    return _Factor(L, order, damp, dead_columns, float64=dtype is torch.float64)
         if damp >= MAX_DAMP:
-            return None, damp, f"the Hessian is not positive definite, even with damping {damp:g}"
+            trouble = f"the Hessian is not positive definite, even with damping {damp:g}"
+            return _Factor(None, order, damp, dead_columns, trouble)
         damp = min(max(10.0 * damp, _MIN_RETRY_DAMP), MAX_DAMP)
 
 
-class _Grid:
-    """The representable values: scale and zero point of each group, [n, g] ([n, 1] per channel, [1, 1] per tensor)."""
+def _gathered(matrix: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows and columns [k, k] in another order, without a second copy on the way."""
+    gathered = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    for start in range(0, len(order), _PANEL):
+        gathered[start : start + _PANEL] = matrix[order[start : start + _PANEL]].index_select(1, order)
+    return gathered
 
-    def __init__(self, W: Tensor, spec: QuantSpec, observer: Observer, scale_dtype: torch.dtype) -> None:
+
+def _cholesky_(H: Tensor) -> bool:
+    """Put L with H = LLᵀ into the lower triangle of H, panel by panel; False if H is not positive definite.
+
+    The same as ``torch.linalg.cholesky``, which takes a copy and, on a CPU, twice the time.
+    """
+    for start in range(0, len(H), _PANEL):
+        panel = slice(start, start + _PANEL)
+        H[start:, panel] -= H[start:, :start] @ H[panel, :start].T
+        lower, info = torch.linalg.cholesky_ex(H[panel, panel])
+        if info.any():
+            return False
+        H[panel, panel] = lower
+        rest = slice(start + _PANEL, None)
+        H[rest, panel] = torch.linalg.solve_triangular(lower.T, H[rest, panel], upper=True, left=False)
+    return True
+
+
+class _Grid:
+    """The representable values of some rows: scale and zero point [n, g] of the whole weight, and views [g, n]."""
+
+    def __init__(
+        self, scale: Tensor, zero: Tensor, rows: slice, spec: QuantSpec, observer: Observer, scale_dtype: torch.dtype
+    ) -> None:
         self.spec = spec
-        self.group_size = spec.group_size or W.shape[1]
         self._observer = observer
         self._scale_dtype = scale_dtype
-        scale, zero = self._observer(split_groups(W, spec), spec, scale_dtype)
-        self.scale, self.zero = scale.squeeze(-1), zero.squeeze(-1)
+        self._stored = (scale[rows], zero[rows]) if spec.granularity is not Granularity.TENSOR else (scale, zero)
+        self.scale, self.zero = (list(values.T.contiguous().unbind(0)) for values in self._stored)
+
+    def group(self, column: int) -> int:
+        """The group that a column of the weight belongs to."""
+        return column // self.spec.group_size if self.spec.group_size else 0
 
     def refit_(self, group: int, columns: Tensor) -> None:
-        """Choose the scales of one group anew, from its columns [n, s] as they are now."""
-        scale, zero = self._observer(columns.unsqueeze(1), self.spec, self._scale_dtype)
-        self.scale[:, group], self.zero[:, group] = scale.flatten(), zero.flatten()
-
-    def round(self, column: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        """Codes [n] of a column [n], and the values that they stand for."""
-        scale, zero = self.scale[:, group], self.zero[:, group]
-        codes = to_codes(column, scale, zero, self.spec)
-        return codes, from_codes(codes, scale, zero)
+        """Choose the scales of one group anew, from its columns [s, n] as they are now."""
+        fitted = self._observer(columns.T.unsqueeze(1), self.spec, self._scale_dtype)
+        for values, stored in zip(fitted, self._stored, strict=True):
+            stored[:, group] = values.flatten()
+        self.scale[group], self.zero[group] = (values.flatten() for values in fitted)
 
 
-def _round_columns(W: Tensor, U: Tensor, grid: _Grid, order: list[int], *, block_size: int, grow: bool) -> Tensor:
-    """Algorithm 1: codes [n, k] of ``W``, which is used up. Column j of W is column ``order[j]`` of the weight."""
-    codes = torch.empty_like(W)
-    k = W.shape[1]
-    for start in range(0, k, block_size):
-        stop = min(start + block_size, k)
-        errors = torch.empty_like(W[:, start:stop])
-        for j in range(start, stop):
-            group = order[j] // grid.group_size
-            if grow and j % grid.group_size == 0:
-                grid.refit_(group, W[:, j : j + grid.group_size])
-            codes[:, j], rounded = grid.round(W[:, j], group)
-            error = (W[:, j] - rounded) / U[j, j]
-            rest_of_block = slice(j, stop)
-            W[:, rest_of_block] -= torch.outer(error, U[j, rest_of_block])
-            errors[:, j - start] = error
-        later_blocks = slice(stop, k)
-        W[:, later_blocks] -= errors @ U[start:stop, later_blocks]
+def _round_columns(W: Tensor, L: Tensor, grid: _Grid, order: list[int], *, block_size: int, grow: bool) -> Tensor:
+    """Algorithm 1: codes int8 [k, n]. Row j of ``W`` [k, n] is column ``order[j]`` of the weight; the last goes first.
+
+    In every block, and in every few columns of it, what is behind them is corrected for by one matrix product.
+    """
+    k, n = W.shape
+    groups = [grid.group(column) for column in order]
+    codes = torch.empty(k, n, dtype=torch.int8, device=W.device)
+    errors = torch.empty_like(W)
+    for stop in range(k, 0, -block_size):
+        start = max(stop - block_size, 0)
+        block, behind = slice(start, stop), slice(stop, k)
+        corrected = torch.addmm(W[block], L[behind, block].T, errors[behind])
+        if grow:
+            grid.refit_(groups[start], _if_free(W[block], corrected, L[block, block]))
+        with _one_thread():
+            for end in range(stop, start, -_FEW):
+                begin = max(end - _FEW, start)
+                few, behind = slice(begin, end), slice(end, stop)
+                columns = corrected[begin - start : end - start]
+                columns.addmm_(L[behind, few].T, errors[behind])
+                _round_few_(columns, W[few], errors[few], L[few, few], grid, groups[few])
+        codes[block] = corrected
     return codes
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For thousands of operations too small to share out: threads that wait for each other cost more than they help.
+
+    With one other busy program on two cores, a block of SmolLM2 took 91 s instead of 5 s with two threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _if_free(W: Tensor, corrected: Tensor, L: Tensor) -> Tensor:
+    """The best values of some columns [s, n] if none of them had to be rounded, as algorithm 1 has them at this point.
+
+    ``corrected`` holds what the errors of earlier columns leave to each of them if those between keep their weight.
+    """
+    moved: Tensor = torch.linalg.solve_triangular(L.T, corrected - W, upper=True, unitriangular=True)
+    return moved + W
+
+
+def _round_few_(columns: Tensor, W: Tensor, errors: Tensor, L: Tensor, grid: _Grid, groups: list[int]) -> None:
+    """Turn corrected ``columns`` [few, n] into codes, and note their ``errors`` against ``W``."""
+    factors = L.T.contiguous()
+    each = zip(columns.unbind(0), W.unbind(0), errors.unbind(0), groups, strict=True)
+    for j, (column, original, error, group) in reversed(list(enumerate(each))):
+        scale, zero = grid.scale[group], grid.zero[group]
+        column.addmv_(errors[j + 1 :].T, factors[j, j + 1 :])
+        column.div_(scale)
+        round_to_codes_(column, zero, grid.spec)
+        offset = column if grid.spec.symmetric else column - zero
+        torch.addcmul(original, offset, scale, value=-1.0, out=error)

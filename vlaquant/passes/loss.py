@@ -1,6 +1,11 @@
 """How far the output of a Linear moves when its weight, and maybe its input, is rounded."""
 
+import torch
 from torch import Tensor
+
+#: Columns of the Hessian, and values of the weight, that are multiplied at a time: a bound for memory.
+_STRIP = 256
+_VALUES = 1 << 20
 
 
 def weight_loss(delta: Tensor, hessian: Tensor) -> float:
@@ -8,9 +13,27 @@ def weight_loss(delta: Tensor, hessian: Tensor) -> float:
 
     Args:
         delta: [n, k], rounded weight minus weight.
-        hessian: [k, k], mean of x·xᵀ.
+        hessian: [k, k], mean of x·xᵀ; symmetric, and only one half of it is used.
     """
-    return float(((delta @ hessian) * delta).sum())
+    return sum(float(row_losses(delta[rows], hessian).sum(dtype=torch.float64)) for rows in slices(*delta.shape))
+
+
+def slices(n: int, k: int) -> list[slice]:
+    """The rows of [n, k] in slices whose products with a Hessian take little memory."""
+    step = max(_VALUES // max(k, 1), 1)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def row_losses(delta: Tensor, hessian: Tensor) -> Tensor:
+    """δᵀ·H·δ for each row δ of [n, k]: [n], with half the arithmetic of a product with all of ``hessian``."""
+    losses = torch.zeros(len(delta), device=delta.device)
+    for start in range(0, delta.shape[1], _STRIP):
+        strip = slice(start, start + _STRIP)
+        products = delta[:, strip] @ hessian[strip, start:]
+        products *= delta[:, start:]
+        # Right of the diagonal block every pair of columns is met once, and inside twice
+        losses += 2.0 * products.sum(dim=-1) - products[:, :_STRIP].sum(dim=-1)
+    return losses
 
 
 def output_loss(x: Tensor, weight: Tensor, rounded_x: Tensor, rounded_weight: Tensor) -> float:

@@ -24,6 +24,12 @@ def smooth_scale(act_absmax: Tensor, weights: Sequence[Tensor], alpha: float = 0
         [k], float32, positive. A channel that is never active, or that no weight reads, keeps the scale 1.
     """
     activation = act_absmax.to(torch.float32)
-    weight = torch.stack([w.detach().to(torch.float32).abs().amax(dim=0) for w in weights]).amax(dim=0)
+    weight = torch.stack([_absmax(w.detach().to(torch.float32)) for w in weights]).amax(dim=0)
     scale = (activation.pow(alpha) / weight.pow(1.0 - alpha)).clamp(1.0 / _LIMIT, _LIMIT)
     return torch.where((activation > 0) & (weight > 0), scale, 1.0)
+
+
+def _absmax(weight: Tensor) -> Tensor:
+    """[k], largest |w| of each column of [n, k], without a copy of it."""
+    low, high = weight.amin(dim=0), weight.amax(dim=0)
+    return torch.maximum(-low, high)

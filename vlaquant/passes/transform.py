@@ -5,7 +5,7 @@ taken into the scale, so that norm and Linears together stay the same function w
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,24 +13,19 @@ from torch import Tensor, nn
 
 from vlaquant.calibrate import ActStats
 from vlaquant.families import FoldGroup, norm_offset
-from vlaquant.numerics import fake_quantize, qparams, quantize_weight
+from vlaquant.numerics import fake_quantize, min_max, qparams, round_weight, row_blocks
 from vlaquant.passes.awq import awq_scale
 from vlaquant.passes.fold import fold_norm_, scaled_stats
+from vlaquant.passes.layer import Work
 from vlaquant.passes.loss import output_loss, weight_loss
 from vlaquant.passes.smoothquant import smooth_scale
 from vlaquant.recipe import SmoothQuant, Transform
-from vlaquant.scheme import QuantSpec, Scheme
+from vlaquant.scheme import Granularity, QuantSpec
 
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """A layer on its way to codes: float32 weight [n, k] and bias [n], scheme, and statistics of its input."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scheme: Scheme
-    stats: ActStats | None
-    scale_dtype: torch.dtype
+#: Rows of all targets together by which scales are compared; the best are then measured on all. (In SmolLM2, 1024 of
+#: 3072 rows led to an error at most 0.1 % above that of the whole search, and 256 rows to 2 % at most.)
+_SEARCHED_ROWS = 1024
+_VALUES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +56,45 @@ class TransformRecord:
 def transform_group_(
     model: nn.Module, group: FoldGroup, works: Mapping[str, Work], transform: Transform
 ) -> TransformRecord:
-    """Try ``transform`` on one fold; changes the working weights and the source if it helps."""
+    """Try ``transform`` on one fold; changes the working weights and the source if it helps.
+
+    Targets that shared statistics before share the scaled ones.
+    """
     targets = [works[name] for name in group.targets]
     stats = targets[0].stats
     assert stats is not None
-    loss = _loss(targets, stats)
+    step = _step(targets)
+    loss = _loss(targets if step > 1 else _stacked(targets, 1), stats)
     if isinstance(transform, SmoothQuant):
         strength = transform.alpha
         scale = smooth_scale(stats.absmax, [work.weight for work in targets], strength)
         before, after = loss(torch.ones_like(scale)), loss(scale)
     else:
-        best = awq_scale(stats.mean_abs, loss, grid=transform.grid)
+        estimate = _loss(_stacked(targets, step), stats) if step > 1 else None
+        best = awq_scale(stats.mean_abs, loss, grid=transform.grid, estimate=estimate)
         scale, strength, before, after = best.scale, best.ratio, best.loss_rtn, best.loss
     kept = after < before
     if kept:
         _apply_(model, group, works, scale)
     return TransformRecord(transform.kind, group.source, group.targets, before, after, kept, strength)
+
+
+def _step(targets: Sequence[Work]) -> int:
+    """Which every so manieth row shows well enough which scale is best: the error is a sum over rows."""
+    step = -(-sum(len(work.weight) for work in targets) // _SEARCHED_ROWS)
+    return step + (step % 2 == 0)  # odd, so as not to meet the same row of every attention head
+
+
+def _stacked(targets: Sequence[Work], step: int) -> list[Work]:
+    """Every ``step``-th row of the targets, same schemes on top of each other; all rows where they share a scale."""
+    alike: dict[Any, list[Work]] = {}
+    for i, work in enumerate(targets):
+        shared_scale = work.scheme.weight.granularity is Granularity.TENSOR
+        alike.setdefault(i if shared_scale else (work.scheme, work.scale_dtype), []).append(work)
+    return [
+        works[0] if isinstance(key, int) else replace(works[0], weight=torch.cat([w.weight[::step] for w in works]))
+        for key, works in alike.items()
+    ]
 
 
 def _loss(targets: Sequence[Work], stats: ActStats) -> Callable[[Tensor], float]:
@@ -93,20 +111,26 @@ def _target_power(work: Work, stats: ActStats) -> float:
 
 
 def _target_loss(work: Work, stats: ActStats, scale: Tensor) -> float:
-    rounded = quantize_weight(work.weight * scale, work.scheme.weight, scale_dtype=work.scale_dtype).dequantize()
-    if work.scheme.activation is None:
-        assert stats.hessian is not None
-        return weight_loss(rounded / scale - work.weight, stats.hessian)
-    x = stats.sample / scale
-    return output_loss(stats.sample, work.weight, _rounded_input(x, work.scheme.activation, stats, scale), rounded)
+    seen = None
+    if work.scheme.activation is not None:
+        seen = _rounded_input(stats.sample / scale, work.scheme.activation, stats, scale)
+    loss = 0.0
+    for rows in row_blocks(work.weight, work.scheme.weight, _VALUES):
+        weight = work.weight[rows]
+        rounded = round_weight(weight * scale, work.scheme.weight, scale_dtype=work.scale_dtype)
+        if seen is None:
+            assert stats.hessian is not None
+            loss += weight_loss(rounded.div_(scale).sub_(weight), stats.hessian)
+        else:
+            loss += output_loss(stats.sample, weight, seen, rounded)
+    return loss
 
 
 def _rounded_input(x: Tensor, spec: QuantSpec, stats: ActStats, scale: Tensor) -> Tensor:
     if spec.dynamic:
-        low, high = x.aminmax(dim=-1, keepdim=True)
+        low, high = min_max(x)
     else:
-        scaled = scaled_stats(stats, scale)
-        low, high = scaled.low, scaled.high
+        low, high = (stats.channel_low / scale).min(), (stats.channel_high / scale).max()
     step, zero = qparams(low, high, spec, torch.float32)
     return fake_quantize(x, step, zero, spec)
 
@@ -121,8 +145,11 @@ def _apply_(model: nn.Module, group: FoldGroup, works: Mapping[str, Work], scale
     else:
         norm = model.get_submodule(group.source)
         scale = fold_norm_(norm, scale, offset=norm_offset(norm))
+    scaled: dict[int, ActStats] = {}
     for name in group.targets:
         work = works[name]
         assert work.stats is not None
+        if id(work.stats) not in scaled:
+            scaled[id(work.stats)] = scaled_stats(work.stats, scale)
         work.weight = work.weight * scale
-        work.stats = scaled_stats(work.stats, scale)
+        work.stats = scaled[id(work.stats)]

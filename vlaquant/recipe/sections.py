@@ -225,6 +225,7 @@ class Recipe(Section):
         output: directory to write.
         rules: the first that matches a layer decides; a layer that none matches stays float.
         transforms: done in this order, before the quantizer.
+        propagate: what later layers see of earlier ones while they are calibrated: their quantized or float output.
         calibration: data; can be left out if nothing needs it or samples come from Python.
     """
 
@@ -235,6 +236,7 @@ class Recipe(Section):
     on_indivisible: OnIndivisible = "error"
     transforms: Annotated[tuple[Transform, ...], Field(strict=False)] = ()
     quantizer: Quantizer = Rtn()
+    propagate: Literal["quantized", "float"] = "quantized"
     calibration: Calibration | None = None
     seed: Annotated[int, Field(ge=0)] = 0
 

@@ -1,0 +1,206 @@
+"""One sample, run as far as a stage needs: finished units answer from the cache, and what comes later is cut off."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlaquant.calibrate.cache import ActivationCache
+from vlaquant.calibrate.flow import Flow
+from vlaquant.calibrate.outputs import objection, tensors_in
+from vlaquant.calibrate.probing import replaced_forward
+from vlaquant.errors import CalibrationError, VlaquantError
+
+Mode = Literal["replay", "rerun"]
+
+
+class _Stop(BaseException):  # not an Exception: no `except Exception` of a model may swallow it
+    """The stage is done; ``value`` is what the run gives."""
+
+    reached = False
+    value: Any = None
+
+
+class StageRunner:
+    """Runs samples stage by stage.
+
+    Args:
+        model: its layers may be changed and exchanged between runs; the names of ``flow`` must stay.
+        flow: what a probe run found.
+        run: ``run(model, sample)`` takes one whole sample through the model.
+        mode: ``replay`` lets finished units answer from the cache where the flow allows it; ``rerun`` never does.
+        cache: for the outputs of finished units.
+        seed: torch's random numbers are the same in every run of a sample, whatever ran before.
+
+    Attributes:
+        cache: as given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        flow: Flow,
+        run: Callable[[Any, Any], object],
+        *,
+        mode: Mode,
+        cache: ActivationCache,
+        seed: int = 0,
+    ) -> None:
+        self.cache = cache
+        self._model = model
+        self._flow = flow
+        self._run = run
+        self._mode = mode
+        self._seed = seed
+        self._answering: set[str] = set()
+
+    def summary(self) -> str:
+        """How samples will go through the model, and why, in a sentence or two."""
+        return str(self._flow) if self._mode == "replay" else "rerun: every stage runs the model from the start"
+
+    def answers(self, unit: str) -> bool:
+        """Whether a unit answers from the cache just now, so that it needs no weights."""
+        return unit in self._answering
+
+    def run(self, stage_index: int, sample_index: int, sample: Any, *, store: bool) -> Tensor | None:
+        """Run a sample up to and including a stage.
+
+        Args:
+            stage_index: into the flow's stages; samples must have been stored for all stages before it.
+            sample_index: names the sample in the cache.
+            sample: what ``run`` takes.
+            store: put the output of the stage's unit into the cache, if a later stage needs it.
+
+        Returns:
+            A floating-point tensor that shows what the stage computes: the first one that its unit returned; where the
+            unit does not return once, what goes into the next stage, or the result of the whole run. None if there is
+            no such tensor, or none of the stage's layers runs.
+
+        Raises:
+            CalibrationError: the sample takes another way through the model than the sample of the probe run; an output
+                that is not in the cache.
+        """
+        unit = self._flow.stages[stage_index].unit
+        if unit in self._flow.dead:
+            return None
+        stop = _Stop()
+        with ExitStack() as stack:
+            if self._mode == "replay":
+                self._answer_finished(stack, stage_index, sample_index)
+            if self._replays(unit):
+                self._stop_after(stack, stage_index, sample_index, stop, store=store)
+            elif unit not in self._flow.interleaved:
+                self._stop_before_later(stack, stage_index, stop)
+            result = self._run_until(stop, sample, sample_index)
+        if stop.reached:
+            return next((tensor for tensor in tensors_in(stop.value) if tensor.is_floating_point()), None)
+        if self._replays(unit):
+            raise _another_way(f"{unit} did not run", sample_index)
+        return result if isinstance(result, Tensor) and result.is_floating_point() else None
+
+    def finished(self, stage_index: int) -> None:
+        """Drop the outputs that no stage after this one needs."""
+        kept = self._flow.kept(stage_index)
+        for stage in self._flow.stages[: stage_index + 1]:
+            if stage.unit not in kept:
+                self.cache.drop(stage.unit)
+
+    def _replays(self, unit: str) -> bool:
+        return self._mode == "replay" and unit in self._flow.replayable
+
+    def _run_until(self, stop: _Stop, sample: Any, sample_index: int) -> object:
+        """The result of the run; None if it was stopped."""
+        with _seeded(self._seed + sample_index):
+            try:
+                with blamed_on(sample_index):
+                    return self._run(self._model, sample)
+            except _Stop as caught:
+                if caught is not stop:
+                    raise
+                # Its frames hold the activations of the whole run
+                stop.__traceback__ = stop.__context__ = None
+                return None
+
+    def _answer_finished(self, stack: ExitStack, stage_index: int, sample_index: int) -> None:
+        stack.callback(self._answering.clear)
+        for stage in self._flow.stages[:stage_index]:
+            if stage.unit in self._flow.replayable:
+                answer = self._answer(stage.unit, stage_index, sample_index)
+                stack.enter_context(replaced_forward(self._model.get_submodule(stage.unit), answer))
+                self._answering.add(stage.unit)
+
+    def _answer(self, unit: str, stage_index: int, sample_index: int) -> Callable[..., Any]:
+        calls = 0
+
+        def answer(*_args: object, **_kwargs: object) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise _another_way(f"{unit} ran {calls} times", sample_index)
+            if self._flow.is_needed(unit, stage_index):
+                return self.cache.get(unit, sample_index)
+            return self.cache.placeholder(unit, sample_index, dense=unit in self._flow.touched)
+
+        return answer
+
+    def _stop_after(self, stack: ExitStack, stage_index: int, sample_index: int, stop: _Stop, *, store: bool) -> None:
+        """Stop as soon as the stage's unit has returned."""
+        unit = self._flow.stages[stage_index].unit
+        module = self._model.get_submodule(unit)
+        forward = module.forward
+
+        def last(*args: Any, **kwargs: Any) -> Any:
+            stop.value, stop.reached = forward(*args, **kwargs), True
+            if store:
+                found = objection(stop.value)
+                if found is not None:
+                    raise _another_way(f"{unit} returned {found}", sample_index)
+                needed = self._flow.is_needed(unit, stage_index + 1)
+                (self.cache.put if needed else self.cache.put_outline)(unit, sample_index, stop.value)
+            raise stop
+
+        stack.enter_context(replaced_forward(module, last))
+
+    def _stop_before_later(self, stack: ExitStack, stage_index: int, stop: _Stop) -> None:
+        """Stop when a layer of a later stage is about to run."""
+
+        def end(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stop.value, stop.reached = args[0] if args else kwargs["input"], True
+            raise stop
+
+        for stage in self._flow.stages[stage_index + 1 :]:
+            for name in stage.linears:
+                layer = self._model.get_submodule(name)
+                # First of all hooks: the layer needs no weights any more
+                stack.callback(layer.register_forward_pre_hook(end, with_kwargs=True, prepend=True).remove)
+
+
+def _another_way(what: str, sample_index: int) -> CalibrationError:
+    return CalibrationError(
+        f"{what} in sample {sample_index}, which the sample of the probe run did not show; samples that go different "
+        "ways through the model need the mode rerun"
+    )
+
+
+@contextmanager
+def blamed_on(sample_index: int) -> Iterator[None]:
+    """What the model raises becomes a CalibrationError that names the sample."""
+    try:
+        yield
+    except (VlaquantError, MemoryError):
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"sample {sample_index} does not go through the model: {type(error).__name__}: {error}; take it out of the "
+            "calibration data, or mend the function that runs it"
+        ) from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
