@@ -13,7 +13,9 @@ from vlaquant import numerics
 from vlaquant.numerics import (
     OBSERVERS,
     QuantizedWeight,
+    all_finite,
     fake_quantize,
+    fit_groups,
     from_codes,
     minmax_observer,
     mse_observer,
@@ -21,6 +23,7 @@ from vlaquant.numerics import (
     qparams,
     quantize_tokens,
     quantize_weight,
+    round_weight,
     split_groups,
     sqnr_db,
     to_codes,
@@ -299,6 +302,43 @@ def test_dequantize_in_float64_is_exact() -> None:
     quantized = QuantizedWeight(torch.tensor([[127, -128, 5]], dtype=torch.int8), scale, torch.tensor([[-128]]), spec)
     assert quantized.dequantize(torch.float64).tolist() == [[code * scale.item() for code in (255, 0, 133)]]
     assert quantized.dequantize(torch.bfloat16).dtype == torch.bfloat16
+
+
+@settings(max_examples=40)
+@given(weight=weights(), spec=specs, dtype=st.sampled_from(DTYPES), observer=st.sampled_from(sorted(OBSERVERS)))
+def test_blocks_of_rows_change_nothing(weight: Tensor, spec: QuantSpec, dtype: torch.dtype, observer: str) -> None:
+    whole = quantize_weight(weight, spec, scale_dtype=dtype, observer=OBSERVERS[observer])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numerics, "_BLOCK", 2 * weight.shape[1])
+        blocks = quantize_weight(weight, spec, scale_dtype=dtype, observer=OBSERVERS[observer])
+        scale, zero = fit_groups(weight, spec, OBSERVERS[observer], dtype)
+    assert torch.equal(blocks.codes, whole.codes)
+    assert torch.equal(blocks.scale, whole.scale)
+    assert torch.equal(scale.to(dtype), whole.scale)
+    assert whole.zero is None or torch.equal(blocks.zero, whole.zero)
+    assert whole.zero is None or torch.equal(zero.to(torch.int8), whole.zero)
+
+
+@settings(max_examples=40)
+@given(weight=weights(), spec=specs, dtype=st.sampled_from(DTYPES))
+def test_rounding_without_codes_and_rows_of_codes(weight: Tensor, spec: QuantSpec, dtype: torch.dtype) -> None:
+    quantized = quantize_weight(weight, spec, scale_dtype=dtype)
+    rounded = quantized.dequantize()
+    assert torch.equal(round_weight(weight, spec, scale_dtype=dtype), rounded)
+    rows = slice(1, None)
+    assert torch.equal(quantized.rows(rows).dequantize(), rounded[rows])
+
+
+def test_all_finite() -> None:
+    assert all_finite(torch.full((4, 4), 3e38))
+    assert all_finite(torch.empty(0, 4))
+    assert all_finite(torch.full((64, 64), 6e4, dtype=torch.float16))
+    for bad in (math.nan, math.inf, -math.inf):
+        x = torch.zeros(4, 4)
+        x[1, 2] = bad
+        assert not all_finite(x)
+        x[0, 0] = -bad
+        assert not all_finite(x)
 
 
 def test_sqnr() -> None:
