@@ -7,6 +7,7 @@ from typing import Any
 import flowing
 import pytest
 import torch
+from tiny import llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -84,6 +85,18 @@ NEEDED: dict[str, dict[str, int | None]] = {
 def test_outputs_are_needed_as_long_as_they_are_read(kind: str) -> None:
     flow = flow_of(kind)
     assert {unit: flow.needed_until[unit] for unit in NEEDED[kind]} == NEEDED[kind]
+
+
+def test_no_more_is_kept_of_a_deep_model_than_of_a_shallow_one() -> None:
+    """All blocks look at the same positions and mask, by views; that makes none of them depend on all before it."""
+    kept = {}
+    for layers in (3, 6):
+        model, ids = llama(layers=layers), torch.arange(20).reshape(1, 20)
+        with torch.inference_mode():
+            flow = probe(model, lambda model=model, ids=ids: model(input_ids=ids, use_cache=False)).flow  # type: ignore[misc]
+        assert all(len(flow.kept(index)) == 1 for index in range(layers))
+        kept[layers] = flow.bytes_per_sample
+    assert kept[3] == kept[6]
 
 
 def test_flow_knows_whose_output_is_touched() -> None:

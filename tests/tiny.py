@@ -126,14 +126,16 @@ def save_observations(directory: Path, split: str, seen: list[Observation]) -> P
     return directory
 
 
-def llama(*, hidden: int = 64, dtype: torch.dtype = torch.float32, tied: bool = False) -> LlamaForCausalLM:
-    """Two layers, grouped-query attention."""
+def llama(
+    *, hidden: int = 64, dtype: torch.dtype = torch.float32, tied: bool = False, layers: int = 2
+) -> LlamaForCausalLM:
+    """Grouped-query attention."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=hidden,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=hidden // 4,

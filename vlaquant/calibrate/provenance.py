@@ -115,8 +115,11 @@ class Provenance:
                 steers, depends = False, _NO_UNITS  # takes the shape only
             self._read(depends, steers=steers)
             passed_on = depends if self._context is None else frozenset({self._context})
+            # A view has no values of its own: looking at what all units share makes none of them depend on another
+            known = {self._storage(tensor) for tensor in given}
             for tensor in made:
-                self._depends[self._storage(tensor)] |= passed_on
+                if self._storage(tensor) not in known:
+                    self._depends[self._storage(tensor)] |= passed_on
             for tensor in _written(func, args, kwargs):
                 self._write(tensor, passed_on)
             if any(isinstance(value, Generator) for value in (*args, *kwargs.values())) and self._context is not None:

@@ -252,7 +252,7 @@ def _round_columns(W: Tensor, L: Tensor, grid: _Grid, order: list[int], *, block
 def _one_thread() -> Iterator[None]:
     """For thousands of operations too small to share out: threads that wait for each other cost more than they help.
 
-    With one other busy program on two cores, a block of SmolLM2 took 91 s instead of 5 s with two threads.
+    Beside other programs on two cores, two threads made a block of SmolLM2 take 91 s instead of 5 s; like this, 20 s.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
