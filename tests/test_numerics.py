@@ -315,7 +315,8 @@ def test_blocks_of_rows_change_nothing(weight: Tensor, spec: QuantSpec, dtype: t
     assert torch.equal(blocks.codes, whole.codes)
     assert torch.equal(blocks.scale, whole.scale)
     assert torch.equal(scale.to(dtype), whole.scale)
-    assert whole.zero is None or torch.equal(blocks.zero, whole.zero)
+    assert (blocks.zero is None) == (whole.zero is None)
+    assert whole.zero is None or blocks.zero is None or torch.equal(blocks.zero, whole.zero)
     assert whole.zero is None or torch.equal(zero.to(torch.int8), whole.zero)
 
 
