@@ -1,5 +1,6 @@
 """A run that was stopped at any moment goes on to the very same files, or says why it cannot."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from staged import (
 )
 
 from vlaquant.engine.work import work_path
+from vlaquant.errors import ExportError
 from vlaquant.passes.layer import quantize_layers
 
 GPTQ = recipe_for("llama", "gptq", "w4a16")
@@ -181,3 +183,27 @@ def test_what_a_kill_during_the_writing_left_is_cleared_away(tmp_path: Path, sou
         streamed(source, GPTQ, WINDOWS, tmp_path / "out")
     streamed(source, GPTQ, WINDOWS, tmp_path / "out", resume=True)
     assert left_behind(tmp_path / "out") == [".other.partial-0123abcd", ".out.partial-old-0123abcd"]
+
+
+def test_a_kill_after_the_output_is_there(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --resume there is nothing left to do but to tidy up, if the output is that of the very same run."""
+    recipe, other = recipe_for("llama", "gptq", "w4a16"), recipe_for("llama", "gptq", "w8a8")
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("vlaquant.engine.work.WorkDirectory.remove", lambda _: None)
+        result = streamed(source, recipe, samples_for("llama"), output)
+    before = files_of(output)
+    again = streamed(source, recipe, samples_for("llama"), output, resume=True)
+    assert again.layers == result.layers
+    assert again.plan == result.plan
+    assert again.manifest == json.loads(json.dumps(result.manifest))
+    assert files_of(output) == before
+    assert left_behind(output) == []
+    with pytest.raises(ExportError, match="exists and is not empty"):
+        streamed(source, other, samples_for("llama"), output, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("vlaquant.engine.work.WorkDirectory.remove", lambda _: None)
+        streamed(source, other, samples_for("llama"), tmp_path / "other")
+    (tmp_path / ".other.work").rename(tmp_path / ".out.work")
+    with pytest.raises(ExportError, match="exists and is not empty"):
+        streamed(source, recipe, samples_for("llama"), output, resume=True)

@@ -11,6 +11,7 @@ from vlaquant.checkpoint import check_output, read_config, read_manifest
 from vlaquant.engine.opening import Run
 from vlaquant.engine.processes import Processes
 from vlaquant.engine.run import QuantizationRun, RunOptions
+from vlaquant.engine.work import finished_run
 from vlaquant.errors import PlanError
 from vlaquant.export.writing import write, write_streamed
 from vlaquant.families import family_of_config, family_of_model
@@ -72,6 +73,8 @@ def quantize(
     recipe = load_recipe(recipe)
     target = None if output is None else Path(output)
     if target is not None:
+        if resume and (manifest := finished_run(target)) is not None:
+            return QuantizationResult.from_manifest(target, recipe, manifest)
         check_output(target, overwrite=overwrite)
     if samples is None and needs_calibration(recipe):
         require_calibration(recipe)

@@ -9,7 +9,7 @@ from torch import nn
 from vlaquant.export import load
 from vlaquant.passes.layer import LayerRecord
 from vlaquant.passes.transform import TransformRecord
-from vlaquant.plan import Plan
+from vlaquant.plan import Plan, plan_from_dict
 from vlaquant.recipe import Recipe
 
 _SHOWN_NOTES = 10
@@ -36,6 +36,19 @@ class QuantizationResult:
     layers: tuple[LayerRecord, ...]
     output: Path | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_manifest(cls, output: Path, recipe: Recipe, manifest: dict[str, Any]) -> "QuantizationResult":
+        """What the run that wrote ``output`` returned."""
+        return cls(
+            None,
+            recipe,
+            plan_from_dict(manifest["plan"]),
+            tuple(TransformRecord.from_dict(record) for record in manifest["transforms"]),
+            tuple(LayerRecord.from_dict(record) for record in manifest["layers"]),
+            output,
+            manifest,
+        )
 
     @property
     def model(self) -> nn.Module:

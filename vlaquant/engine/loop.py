@@ -181,7 +181,7 @@ class StageLoop:
             if rank != self._processes.rank:
                 self._log_layers(others)
                 solved |= others
-        return packed, {name: _layer_record(solved[name]["record"]) for name in packed}
+        return packed, {name: LayerRecord.from_dict(solved[name]["record"]) for name in packed}
 
     def _solve_group(self, group: dict[str, Work]) -> tuple[dict[str, QuantLinear], dict[str, Any]]:
         """Packed layers, and of each of them the record as plain values and the time that all took together."""
@@ -284,10 +284,8 @@ class StageLoop:
             return 0
         assert self._weights is not None
         for index, record in enumerate(self._work.records):
-            self.layers += [_layer_record(layer) for layer in record["layers"]]
-            self.transforms += [
-                TransformRecord(**each | {"targets": tuple(each["targets"])}) for each in record["transforms"]
-            ]
+            self.layers += [LayerRecord.from_dict(layer) for layer in record["layers"]]
+            self.transforms += [TransformRecord.from_dict(each) for each in record["transforms"]]
             schemes = {name: scheme for name in record["packed"] if (scheme := self._plan[name].scheme) is not None}
             if schemes and self._quantized:
                 self._weights.finish_(record["unit"], TensorFiles.open([self._work.stage_file(index)]), schemes)
@@ -315,7 +313,3 @@ def _empty(work: Work) -> QuantLinear:
     n, k = work.weight.shape
     with work.weight.device:
         return empty_linear(k, n, work.scheme, bias=work.bias is not None, dtype=work.scale_dtype)
-
-
-def _layer_record(values: Mapping[str, Any]) -> LayerRecord:
-    return LayerRecord(**{**values, "notes": tuple(values["notes"])})

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlaquant.checkpoint import TensorFiles, sync_directory, write_json, write_tensor_file
+from vlaquant.checkpoint import TensorFiles, read_manifest, sync_directory, write_json, write_tensor_file
 from vlaquant.checkpoint.json_files import read_json
 from vlaquant.engine.fingerprint import first_difference
 from vlaquant.engine.processes import ALONE, Processes
@@ -46,6 +46,30 @@ class Finished:
 def work_path(output: Path) -> Path:
     """Where the work directory of an output lies: beside it."""
     return output.parent / f".{output.name}.work"
+
+
+def finished_run(output: Path) -> dict[str, Any] | None:
+    """The manifest of an output whose run was killed after writing it, with nothing left to do but to tidy up.
+
+    The output has to be that of the very run whose work directory lies beside it. That is deleted.
+    """
+    identity = work_path(output) / _IDENTITY
+    if not identity.is_file() or not output.is_dir():
+        return None
+    try:
+        manifest, run = read_manifest(output), read_json(identity)
+    except CheckpointError:
+        return None
+    same = (
+        manifest["plan"] == run["plan"]
+        and manifest["versions"] == run["versions"]
+        and manifest["source_sha256"].items() <= run["source_sha256"].items()
+        and run["recipe"].items() <= manifest["recipe"].items()
+    )
+    if not same:
+        return None
+    shutil.rmtree(work_path(output), ignore_errors=True)
+    return manifest
 
 
 class WorkDirectory:

@@ -59,6 +59,11 @@ class LayerRecord:
         """Plain values for the manifest."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LayerRecord":
+        """Inverse of :meth:`to_dict`, also after a way through JSON."""
+        return cls(**{**values, "notes": tuple(values["notes"])})
+
 
 def solve_groups(works: Mapping[str, Work]) -> list[tuple[str, ...]]:
     """The layers in groups that are solved as one: each with one Hessian, one kind of codes and one kind of scales.

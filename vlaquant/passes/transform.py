@@ -52,6 +52,11 @@ class TransformRecord:
         """Plain values for the manifest."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TransformRecord":
+        """Inverse of :meth:`to_dict`, also after a way through JSON."""
+        return cls(**{**values, "targets": tuple(values["targets"])})
+
 
 def transform_group_(
     model: nn.Module, group: FoldGroup, works: Mapping[str, Work], transform: Transform
