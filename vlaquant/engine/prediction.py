@@ -23,7 +23,7 @@ class Prediction:
         largest: the unit that needs most of them.
         room: bytes of activations that may be in memory, out of those ``memory``; the rest goes to the disk.
         disk: bytes that must be free beside the output, the output included.
-        seconds: of calibration and solving; None if nothing was run yet that could tell.
+        seconds: of running all samples through all stages; None without samples. Solving comes on top.
     """
 
     memory: int
@@ -33,7 +33,7 @@ class Prediction:
     seconds: float | None
 
     def __str__(self) -> str:
-        time_ = "" if self.seconds is None else f", about {_duration(self.seconds)}"
+        time_ = "" if self.seconds is None else f", and about {_duration(self.seconds)} to run the samples"
         return (
             f"needs at most {self.memory / _GIB:.2f} GiB of memory ({self.largest}) and {self.disk / _GIB:.2f} GiB of "
             f"disk{time_}"

@@ -65,7 +65,7 @@ class Probed:
         flow: what the probe run found about units.
         shared: sets of layers that read the very same tensors.
         min_tokens: it is an error if a layer sees fewer.
-        seconds: that one sample took.
+        seconds: that one sample took, without being watched.
     """
 
     run: Run
@@ -165,9 +165,10 @@ class QuantizationRun:
                 self.inputs = family.inputs(model, samples[0])
                 family.check(model, self.inputs)
         run_sample = run or (lambda model, sample: family.run(model, family.inputs(model, sample)))
-        started = time.perf_counter()
         with torch.inference_mode(), blamed_on(0):
             found = probe(model, lambda: run_sample(model, samples[0]), self._units)
+            started = time.perf_counter()
+            run_sample(model, samples[0])
         seconds = time.perf_counter() - started
         reason = "its weight is also used outside of the layer, which a packed layer does not allow"
         plan = without(with_dead(plan, found.never_ran), dict.fromkeys(found.functional, reason))
