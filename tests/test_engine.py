@@ -316,3 +316,20 @@ def test_files_with_other_names_are_read_as_a_whole(tmp_path: Path) -> None:
         "whole model is held in memory, because" in note and "model.embed_tokens.weight" in note for note in notes
     ), notes
     assert differing(written(tmp_path / "out"), wanted) == []
+
+
+def test_the_last_layer_of_a_stage_computes_only_for_later_stages() -> None:
+    """While a stage is observed its last layer is read, and then the run ends; what it computes nobody asks for."""
+    model = llama()
+    ran = dict.fromkeys(("up_proj", "down_proj"), 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            ran[name] += 1
+
+        return hook
+
+    for name in ran:
+        model.model.layers[0].mlp.get_submodule(name).register_forward_hook(count(name))
+    vlaquant.quantize(model, recipe_for("llama", "gptq", "w4a16"), samples=list(WINDOWS))
+    assert ran["up_proj"] - ran["down_proj"] == len(WINDOWS)

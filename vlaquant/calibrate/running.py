@@ -22,6 +22,11 @@ class _Stop(BaseException):  # not an Exception: no `except Exception` of a mode
     reached = False
     value: Any = None
 
+    def at_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook of the layer before which the run ends."""
+        self.value, self.reached = args[0] if args else kwargs["input"], True
+        raise self
+
 
 class StageRunner:
     """Runs samples stage by stage.
@@ -64,7 +69,9 @@ class StageRunner:
         """Whether a unit answers from the cache just now, so that it needs no weights."""
         return unit in self._answering
 
-    def run(self, stage_index: int, sample_index: int, sample: Any, *, store: bool) -> Tensor | None:
+    def run(
+        self, stage_index: int, sample_index: int, sample: Any, *, store: bool, before: str | None = None
+    ) -> Tensor | None:
         """Run a sample up to and including a stage.
 
         Args:
@@ -72,6 +79,7 @@ class StageRunner:
             sample_index: names the sample in the cache.
             sample: what ``run`` takes.
             store: put the output of the stage's unit into the cache, if a later stage needs it.
+            before: a layer of the stage; the run ends, with what this layer would read, when it is about to run.
 
         Returns:
             A floating-point tensor that shows what the stage computes: the first one that its unit returned; where the
@@ -93,6 +101,10 @@ class StageRunner:
                 self._stop_after(stack, stage_index, sample_index, stop, store=store)
             elif unit not in self._flow.interleaved:
                 self._stop_before_later(stack, stage_index, stop)
+            if before is not None:
+                # After the hooks of an observation, which has to see what the layer reads
+                hook = self._model.get_submodule(before).register_forward_pre_hook(stop.at_input, with_kwargs=True)
+                stack.callback(hook.remove)
             result = self._run_until(stop, sample, sample_index)
         if stop.reached:
             return next((tensor for tensor in tensors_in(stop.value) if tensor.is_floating_point()), None)
@@ -165,16 +177,11 @@ class StageRunner:
 
     def _stop_before_later(self, stack: ExitStack, stage_index: int, stop: _Stop) -> None:
         """Stop when a layer of a later stage is about to run."""
-
-        def end(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            stop.value, stop.reached = args[0] if args else kwargs["input"], True
-            raise stop
-
         for stage in self._flow.stages[stage_index + 1 :]:
             for name in stage.linears:
                 layer = self._model.get_submodule(name)
                 # First of all hooks: the layer needs no weights any more
-                stack.callback(layer.register_forward_pre_hook(end, with_kwargs=True, prepend=True).remove)
+                stack.callback(layer.register_forward_pre_hook(stop.at_input, with_kwargs=True, prepend=True).remove)
 
 
 def _another_way(what: str, sample_index: int) -> CalibrationError:

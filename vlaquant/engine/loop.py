@@ -47,6 +47,7 @@ class Data:
         runner: runs one sample up to a stage.
         samples: all of them, the same in every process.
         stored: units that answer from stored outputs once they are finished.
+        once: layers that run exactly once a sample, in order.
         shared: sets of layers that read the very same tensors.
         min_tokens: it is an error if a layer sees fewer.
     """
@@ -54,6 +55,7 @@ class Data:
     runner: StageRunner
     samples: Sequence[Any]
     stored: frozenset[str]
+    once: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
     min_tokens: int
 
@@ -203,12 +205,16 @@ class StageLoop:
         if self._data is None or not live:
             return {}, None
         keep = not self._quantized
+        # Nobody asks what the last layer computes, but for the first sample, with which transforms are checked
+        in_order = [name for name in self._data.once if name in live]
+        last = in_order[-1] if len(in_order) == len(live) and not keep else None
         first: Tensor | None = None
         with observe(self._model, live, hessian_for=live, seed=self._recipe.seed) as observation:
             for position in self._positions:
                 observation.begin_sample(index=position)
-                output = self._run(index, position, store=keep)
-                first = output if position == self._positions[0] else first
+                checked = position == self._positions[0] and bool(self._recipe.transforms)
+                output = self._run(index, position, store=keep, before=None if checked else last)
+                first = output if checked else first
                 self._log.doing(f"{stage.unit}: observing", self._tokens(output))
         device = self._model.get_parameter(f"{live[0]}.weight").device
         seen = self._processes.merge(live, observation.running(), device)
@@ -243,10 +249,10 @@ class StageLoop:
         ]
         return needs[-1] + 1 if needs else 0
 
-    def _run(self, index: int, position: int, *, store: bool) -> Tensor | None:
+    def _run(self, index: int, position: int, *, store: bool, before: str | None = None) -> Tensor | None:
         assert self._data is not None
         with torch.inference_mode():
-            output = self._data.runner.run(index, position, self._data.samples[position], store=store)
+            output = self._data.runner.run(index, position, self._data.samples[position], store=store, before=before)
         return output if isinstance(output, Tensor) else None
 
     def _commit(self, index: int, stage: Stage, result: StageResult) -> None:

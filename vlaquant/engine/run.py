@@ -63,6 +63,7 @@ class Probed:
         run: takes a sample through the model.
         samples: all of them.
         flow: what the probe run found about units.
+        once: layers that run exactly once a sample, in order.
         shared: sets of layers that read the very same tensors.
         min_tokens: it is an error if a layer sees fewer.
         seconds: that one sample took, without being watched.
@@ -71,6 +72,7 @@ class Probed:
     run: Run
     samples: Sequence[Any]
     flow: Flow
+    once: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
     min_tokens: int
     seconds: float
@@ -174,7 +176,8 @@ class QuantizationRun:
         plan = without(with_dead(plan, found.never_ran), dict.fromkeys(found.functional, reason))
         section = self._recipe.calibration
         tokens = _MIN_TOKENS if section is None else section.min_tokens
-        return Probed(run_sample, samples, found.flow, found.shared, tokens, seconds), plan
+        once = tuple(name for name in found.order if found.calls[name] == 1)
+        return Probed(run_sample, samples, found.flow, once, found.shared, tokens, seconds), plan
 
     def _predict(self, plan: Plan, data: Probed | None) -> Prediction:
         """What the stages will need; refuses what cannot fit. Activations beyond the memory go to the disk."""
@@ -246,7 +249,7 @@ class QuantizationRun:
         if self._weights is not None:
             self._weights.dormant = runner.answers
         stored = data.flow.replayable if self._options.mode == "replay" else frozenset()
-        return Data(runner, data.samples, stored, data.shared, data.min_tokens)
+        return Data(runner, data.samples, stored, data.once, data.shared, data.min_tokens)
 
     def _identify(self, plan: Plan, data: Probed | None) -> dict[str, Any]:
         assert self.opened.directory is not None
