@@ -15,8 +15,10 @@ from vlaquant.cli import main
 
 #: The command, slowed down: it waits after its first stage.
 _SLOW = """
-import sys, time
+import signal, sys, time
 import torch
+# Tests that run in the background inherit that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 from vlaquant.cli import main
 from vlaquant.engine.work import WorkDirectory
