@@ -172,6 +172,8 @@ def _arguments() -> argparse.Namespace:
 def main() -> int:
     args = _arguments()
     moments = random.Random(args.seed)
+    if args.scratch is not None:
+        args.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         whole = Path(folder, "whole", "out")
         whole.parent.mkdir()
