@@ -193,6 +193,10 @@ def test_a_kill_after_the_output_is_there(tmp_path: Path, source: Path, monkeypa
         patch.setattr("vlaquant.engine.work.WorkDirectory.remove", lambda _: None)
         result = streamed(source, recipe, samples_for("llama"), output)
     before = files_of(output)
+    with pytest.raises(ExportError, match="exists and is not empty"):
+        streamed(source, other, samples_for("llama"), output, resume=True)
+    with pytest.raises(ExportError, match="exists and is not empty"):
+        streamed(source, recipe, samples_for("llama")[:-1], output, resume=True)
     again = streamed(source, recipe, samples_for("llama"), output, resume=True)
     assert again.layers == result.layers
     assert again.plan == result.plan

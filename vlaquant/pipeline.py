@@ -73,8 +73,10 @@ def quantize(
     recipe = load_recipe(recipe)
     target = None if output is None else Path(output)
     if target is not None:
-        if resume and (manifest := finished_run(target)) is not None:
-            return QuantizationResult.from_manifest(target, recipe, manifest)
+        if resume and not isinstance(model_or_path, nn.Module):
+            done = finished_run(target, model_or_path, recipe.resolved(), samples)
+            if done is not None:
+                return QuantizationResult.from_manifest(target, recipe, done)
         check_output(target, overwrite=overwrite)
     if samples is None and needs_calibration(recipe):
         require_calibration(recipe)

@@ -13,16 +13,23 @@ the outputs of finished units.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vlaquant.checkpoint import TensorFiles, read_manifest, sync_directory, write_json, write_tensor_file
+from vlaquant.checkpoint import (
+    TensorFiles,
+    read_manifest,
+    source_identity,
+    sync_directory,
+    write_json,
+    write_tensor_file,
+)
 from vlaquant.checkpoint.json_files import read_json
-from vlaquant.engine.fingerprint import first_difference
+from vlaquant.engine.fingerprint import fingerprint, first_difference
 from vlaquant.engine.processes import ALONE, Processes
 from vlaquant.errors import CheckpointError, ExportError
 
@@ -48,10 +55,19 @@ def work_path(output: Path) -> Path:
     return output.parent / f".{output.name}.work"
 
 
-def finished_run(output: Path) -> dict[str, Any] | None:
+def finished_run(
+    output: Path, source: str | Path, recipe: Mapping[str, Any], samples: Iterable[Any] | None
+) -> dict[str, Any] | None:
     """The manifest of an output whose run was killed after writing it, with nothing left to do but to tidy up.
 
-    The output has to be that of the very run whose work directory lies beside it. That is deleted.
+    The output has to be that of the very run whose work directory lies beside it, and that run the one that is asked
+    for now. The work directory is deleted.
+
+    Args:
+        output: the directory that the run wrote.
+        source: the float checkpoint.
+        recipe: as it is now, resolved.
+        samples: given in place of what the recipe names; None if none are.
     """
     identity = work_path(output) / _IDENTITY
     if not identity.is_file() or not output.is_dir():
@@ -65,8 +81,11 @@ def finished_run(output: Path) -> dict[str, Any] | None:
         and manifest["versions"] == run["versions"]
         and manifest["source_sha256"].items() <= run["source_sha256"].items()
         and run["recipe"].items() <= manifest["recipe"].items()
+        and run["recipe"].items() <= json.loads(json.dumps(recipe)).items()
     )
-    if not same:
+    if not same or (samples is not None and (run["samples"] or {}).get("sha256") != fingerprint(samples)):
+        return None
+    if source_identity(Path(source)) != run["source_sha256"]:
         return None
     shutil.rmtree(work_path(output), ignore_errors=True)
     return manifest
