@@ -50,8 +50,9 @@ def quantize(
 ) -> QuantizationResult:
     """Quantize a model, and write and verify it if an output is given.
 
-    A directory's model is never held in memory as a whole if an output is given: one unit after the other is read,
-    quantized and put away in a work directory beside the output, from which a run that was stopped can go on.
+    A directory's model is not held in memory as a whole if an output is given: one unit after the other is read,
+    quantized and put away in a work directory beside the output, from which a run that was stopped can go on. (It is
+    held, and the run says so, if the names in its files are not those of the model.)
 
     Several processes of one machine that were started together (by torchrun or accelerate launch) share the work if all
     of them call this with the same arguments; the result is the same. Only the first of them writes.

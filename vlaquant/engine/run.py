@@ -46,7 +46,8 @@ class RunOptions:
         mode: ``replay`` lets finished units answer from stored outputs where a probe run proves that they may;
             ``rerun`` runs every sample from the start in every stage.
         device: where the model runs; of several processes with ``cuda`` each takes a GPU of its own.
-        log: file for the run's log, JSON lines; None puts it beside the output.
+        log: file for the run's log, JSON lines; None puts it beside the output if weights are read on demand, and
+            writes none for a model in memory.
     """
 
     max_memory: int | None = None
