@@ -50,9 +50,8 @@ def quantize(
 ) -> QuantizationResult:
     """Quantize a model, and write and verify it if an output is given.
 
-    A directory's model is not held in memory as a whole if an output is given: one unit after the other is read,
-    quantized and put away in a work directory beside the output, from which a run that was stopped can go on. (It is
-    held, and the run says so, if the names in its files are not those of the model.)
+    A directory's model is then read, quantized and put away in a work directory one unit after the other (unless the
+    names in its files are not those of the model, which the run says), and a run that was stopped can go on.
 
     Several processes of one machine that were started together (by torchrun or accelerate launch) share the work if all
     of them call this with the same arguments; the result is the same. Only the first of them writes.
@@ -63,7 +62,7 @@ def quantize(
         samples: calibration data, in place of what the recipe names.
         run: ``run(model, sample)`` takes one sample through any ``nn.Module``; known families run their own samples.
         output: directory to write; it appears only when it is complete and verified.
-        options: memory limit, device and alike; none of them changes the result.
+        options: memory limit and device, which do not change the result.
         overwrite: replace the output if it exists, and throw away an unfinished run.
         resume: go on with an unfinished run of the same recipe, model and samples.
         progress: show a progress bar and notes on standard error.
@@ -96,8 +95,7 @@ def quantize(
             return result
         manifest = _write(job, result, target, overwrite=overwrite) if processes.main else {}
         processes.barrier()
-    manifest = manifest or read_manifest(target)
-    return replace(result, output=target, manifest=manifest)
+    return replace(result, output=target, manifest=manifest or read_manifest(target))
 
 
 def _write(job: QuantizationRun, result: QuantizationResult, output: Path, *, overwrite: bool) -> dict[str, Any]:
