@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from watched import Block, hook_count
 
 from vlaquant.calibrate import probe
+from vlaquant.engine.prediction import resident_memory
 
 
 class Policy(nn.Module):
@@ -112,3 +113,26 @@ def test_probe_cleans_up_after_an_error() -> None:
         probe(model, lambda: model[0](torch.ones(2, 3)))
     assert hook_count(model) == 0
     assert probe(model, lambda: model[0](torch.ones(2, 4))).functional == ()
+
+
+def test_activations_do_not_outlive_their_block() -> None:
+    """A sample that goes through a large model must not need the memory of all its blocks at once."""
+    blocks, tokens, width = 24, 1024, 256
+    mebibytes = tokens * 16 * width * 4 / 2**20
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(width, 16 * width), nn.Linear(16 * width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            grown.append(resident_memory() / 2**20)
+            down: Tensor = self.down(self.up(x).relu())
+            return down
+
+    grown: list[float] = []
+    model = nn.Sequential(*(Block() for _ in range(blocks)))
+    x = torch.randn(tokens, width)
+    with torch.inference_mode():
+        probe(model, lambda: model(x))
+    assert grown[-1] - grown[2] < 0.25 * (blocks - 3) * mebibytes

@@ -171,7 +171,7 @@ def test_no_hessian_costs_nothing() -> None:
 def test_only_one_half_of_the_hessian_is_kept() -> None:
     running = no_stats(2048, hessian=True, sample_rows=1, device=CPU)
     values = sum(strip.numel() for strip in running.strips)
-    assert values < 0.6 * 2048 * 2048
+    assert values < 0.65 * 2048 * 2048
 
 
 def test_sample_is_bounded_and_holds_real_tokens() -> None:

@@ -211,12 +211,9 @@ def test_room_for_one_unit_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     recipe = recipe_for("llama", "smoothquant", scheme)
     seen = _most_resident(monkeypatch)
     streamed(source, recipe, WINDOWS, tmp_path / "roomy", mode=mode)
-    assert seen["units"] == 3, "all units at once, if nobody minds"
+    assert seen["units"] == (3 if mode == "rerun" else 2), "all at once, if units run again and there is memory"
     roomy, seen["units"], seen["loads"] = seen["loads"], 0, 0
-    init = WeightsOnDemand.__init__
-    monkeypatch.setattr(
-        WeightsOnDemand, "__init__", lambda self, *args, **more: init(self, *args, **(more | {"budget": 0}))
-    )
+    monkeypatch.setattr(WeightsOnDemand, "budget", property(lambda self: 0, lambda self, value: None), raising=False)
     streamed(source, recipe, WINDOWS, tmp_path / "narrow", mode=mode)
     assert seen["units"] <= 2, "the one being worked on, and the one that runs"
     assert seen["loads"] > roomy

@@ -47,7 +47,7 @@ class Provenance:
         self._unit_of = unit_of
         self._running: list[str | None] = []
         self._objects: dict[int, tuple[weakref.ref[Tensor], str | None]] = {}
-        # By address, which is not used again as long as the weak reference is held.
+        # By address, which is not used again as long as the weak reference is held; and neither is the memory.
         self._storages: dict[int, tuple[StorageWeakRef | None, str | None]] = {}
         self._depends: defaultdict[int, frozenset[str]] = defaultdict(frozenset)
         self._returned: defaultdict[str, set[int]] = defaultdict(set)
@@ -67,7 +67,9 @@ class Provenance:
             if self._random_state() != before:
                 self._object(unit, "it draws random numbers, and everything drawn after it would change")
             with self._pause():
-                return self._give_out(unit, output)
+                given_out = self._give_out(unit, output)
+                self._forget_dead_storages()
+                return given_out
 
         return watched
 
@@ -176,6 +178,16 @@ class Provenance:
         for tensor in tensors_in(given_out):
             self._objects[id(tensor)] = (weakref.ref(tensor), None)
         return given_out
+
+    def _forget_dead_storages(self) -> None:
+        """Let go of memory that only the weak references keep: nobody can read it any more."""
+        dead = {address for address, (memory, _) in self._storages.items() if memory is not None and memory.expired()}
+        for address in dead:
+            del self._storages[address]
+            self._depends.pop(address, None)
+            self._aliased.pop(address, None)
+        for addresses in self._returned.values():
+            addresses.difference_update(dead)
 
     def _see(self, tensor: Tensor) -> None:
         """Somebody holds ``tensor``: if its unit did not return it, the unit cannot be replaced by what it returned."""

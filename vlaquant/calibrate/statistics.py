@@ -8,7 +8,8 @@ differ in its last bit. Rounded to float32 that is seen in one of some 10⁸ ent
 place.)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 #: The upper triangle of Σx·xᵀ is kept in strips of so many rows: half of the arithmetic and memory of the whole.
-_STRIP = 256
+_STRIP = 512
+_HAS_AMX = torch.cpu._is_amx_tile_supported()  # noqa: SLF001  there is no public way to ask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +57,23 @@ class ActStats:
         return self.channel_high.max()
 
 
+@contextmanager
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Matrix products of float32 tensors that hold ``dtype`` values, by the fastest instructions that lose nothing.
+
+    The product of two bfloat16 values fits float32, in which AMX sums it up; that is some three times as fast.
+    """
+    exact = dtype is torch.bfloat16 and _HAS_AMX
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    if exact:
+        setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 #: Sums are normal tensors wherever the model runs: those of inference mode could not be changed after it.
 _normal_tensors = torch.inference_mode(mode=False)
 
@@ -67,8 +86,8 @@ class RunningStats:
         channel_low: [k], float32.
         channel_high: [k], float32.
         abs_sum: [k], float64, Σ|x|.
-        strips: float64, the upper triangle of Σx·xᵀ: strip i holds rows 256·i up to 256·(i + 1) and the columns from
-            256·i on. Empty where no Hessian was asked for.
+        strips: float64, the upper triangle of Σx·xᵀ: strip i holds rows 512·i up to 512·(i + 1) and the columns from
+            512·i on. Empty where no Hessian was asked for.
         keys: int64 [≤ r] on the CPU, ascending: the smallest of all tokens' :func:`row_keys`.
         sample: [≤ r, k], float32, the tokens with these keys. That is a uniform draw without replacement whatever the
             number of tokens to come, and does not depend on their order.
@@ -88,14 +107,16 @@ class RunningStats:
     @_normal_tensors
     def add_(self, rows: Tensor, keys: Tensor) -> None:
         """Take in the tokens ``rows`` [t, k], t ≥ 1, any float dtype, whose keys [t] are :func:`row_keys`."""
+        made_of = rows.dtype
         rows = rows.to(device=self.abs_sum.device, dtype=torch.float32)
         self.tokens += rows.shape[0]
         self.abs_sum += rows.abs().sum(dim=0)
         self.channel_low = torch.minimum(self.channel_low, rows.amin(dim=0))
         self.channel_high = torch.maximum(self.channel_high, rows.amax(dim=0))
-        for i, strip in enumerate(self.strips):
-            start = i * _STRIP
-            strip.add_(rows[:, start : start + _STRIP].T @ rows[:, start:])
+        with _products_of(made_of):
+            for i, strip in enumerate(self.strips):
+                start = i * _STRIP
+                strip.add_(rows[:, start : start + _STRIP].T @ rows[:, start:])
         self._keep_(rows, keys)
 
     @_normal_tensors

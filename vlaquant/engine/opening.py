@@ -10,7 +10,7 @@ from torch import nn
 
 from vlaquant.calibrate.units import Stage
 from vlaquant.checkpoint import TensorFiles, check_source, weight_files
-from vlaquant.engine.weights import DEFAULT_BUDGET, WeightsOnDemand, names_differ
+from vlaquant.engine.weights import WeightsOnDemand, names_differ
 from vlaquant.errors import CalibrationError, CheckpointError
 from vlaquant.families import Family, family_of_config, family_of_model
 from vlaquant.families.causal_lm import text_samples
@@ -85,7 +85,7 @@ def bring_weights(
         return None
     tensors = opened.model.state_dict(keep_vars=True)
     sizes = [sum(t.nbytes for name, t in tensors.items() if name.startswith(f"{stage.unit}.")) for stage in stages]
-    budget = max(2 * max(sizes, default=0), DEFAULT_BUDGET) if keep else 0
+    budget = 2 * max(sizes, default=0) if keep else 0
     return WeightsOnDemand(opened.model, stages, opened.files, budget=budget, device=device)
 
 

@@ -34,6 +34,8 @@ from vlaquant.plan import Plan, with_dead, without
 from vlaquant.recipe import Recipe, needs_calibration
 
 _MIN_TOKENS = 32
+#: Memory for the weights of units that run again and again, if there is so much to spare.
+_KEPT_WEIGHTS = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +184,7 @@ class QuantizationRun:
 
     def _predict(self, plan: Plan, data: Probed | None) -> Prediction:
         """What the stages will need; refuses what cannot fit. Activations beyond the memory go to the disk."""
-        limit = self._options.max_memory
-        if limit is None:
-            limit = resident_memory() + (available_memory() or sys.maxsize) // self._processes.size
+        limit = self._limit()
         prediction = predict(
             self.opened.model,
             plan,
@@ -198,6 +198,12 @@ class QuantizationRun:
         )
         require_room(prediction, self._output, limit)
         return prediction
+
+    def _limit(self) -> int:
+        """Bytes that this process may hold."""
+        if self._options.max_memory is not None:
+            return self._options.max_memory
+        return resident_memory() + (available_memory() or sys.maxsize) // self._processes.size
 
     def _seconds(self, data: Probed) -> float:
         passes = 2 if self._recipe.propagate == "quantized" else 1
@@ -234,21 +240,24 @@ class QuantizationRun:
             plan,
             self._recipe,
             stages,
-            data=None if data is None else self._data(data, prediction.room),
+            data=None if data is None else self._data(data, prediction),
             weights=self._weights,
             work=self._work,
             log=self._log,
             processes=self._processes,
         )
 
-    def _data(self, data: Probed, room: int) -> Data:
+    def _data(self, data: Probed, prediction: Prediction) -> Data:
         assert self._log is not None
         spill = None if self._work is None else self._work.spill
-        cache = ActivationCache(limit_bytes=room, spill_directory=spill)
+        cache = ActivationCache(limit_bytes=prediction.room, spill_directory=spill)
         runner = StageRunner(self.opened.model, data.flow, data.run, mode=self._options.mode, cache=cache)
         self._log.say(runner.summary())
         if self._weights is not None:
             self._weights.dormant = runner.answers
+            if self._options.mode == "rerun" or len(data.flow.replayable) < len(data.flow.stages):
+                # Units run again for every sample of every stage
+                self._weights.budget = max(self._weights.budget, min(_KEPT_WEIGHTS, self._limit() - prediction.memory))
         stored = data.flow.replayable if self._options.mode == "replay" else frozenset()
         return Data(runner, data.samples, stored, data.once, data.shared, data.min_tokens)
 

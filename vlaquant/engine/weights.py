@@ -15,9 +15,6 @@ from vlaquant.engine.stage import put_tensor_
 from vlaquant.linear import QuantLinear, W4A16Linear, empty_linear, replace_module_
 from vlaquant.scheme import Scheme
 
-#: Memory for units that are not being worked on, if nobody sets a limit.
-DEFAULT_BUDGET = 10**9
-
 
 def names_differ(model: nn.Module, files: TensorFiles) -> str | None:
     """Why the tensors of ``files`` cannot be given to ``model`` one by one under their names; None if they can."""
@@ -65,10 +62,11 @@ class WeightsOnDemand:
         model: on the meta device, as ``Family.build`` makes it. It is changed.
         stages: all units.
         source: the float checkpoint.
-        budget: bytes of units to keep; the one that is needed comes in whatever its size.
+        budget: see the attribute.
         device: where weights go.
 
     Attributes:
+        budget: bytes of units to keep; the one that is needed comes in whatever its size.
         dormant: unit name -> whether its forward is replaced at the moment, so that it needs no weights.
 
     Raises:
@@ -80,7 +78,7 @@ class WeightsOnDemand:
     ) -> None:
         self.dormant: Callable[[str], bool] = lambda unit: False
         self._model = model
-        self._budget = budget
+        self.budget = budget
         self._device = device
         self._empty = model.state_dict(keep_vars=True)
         own = _own_tensors(self._empty, [stage.unit for stage in stages])
@@ -124,7 +122,7 @@ class WeightsOnDemand:
     def _trim(self, needed: str | None) -> None:
         """Send away what was not needed for longest until the budget is met."""
         for old in list(self._resident):
-            if sum(self._resident.values()) <= self._budget:
+            if sum(self._resident.values()) <= self.budget:
                 return
             if old != needed and not self._units[old].held:
                 self._release_(old)
