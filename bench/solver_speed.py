@@ -51,7 +51,7 @@ def solvers(k: int, scheme: Scheme) -> dict[str, Callable[[], object]]:
 
     def awq() -> object:
         works = {"layer": Work(weight, None, scheme, stats, dtype)}
-        source = nn.ModuleDict({"norm": nn.LayerNorm(k)})
+        source = nn.ModuleDict({"norm": nn.LayerNorm(k), "layer": nn.Linear(k, k)})
         return transform_group_(source, FoldGroup("norm", ("layer",)), works, Awq())
 
     def rtn_packed() -> Tensor:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import vlaquant
 from vlaquant.evaluate.language import compare_text
-from vlaquant.families.causal_lm import text_samples
+from vlaquant.families.hf_samples import text_samples
 from vlaquant.plan import format_table
 
 _AWQ = [{"kind": "awq"}]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import vlaquant
-from vlaquant.families.causal_lm import text_samples
+from vlaquant.families.hf_samples import text_samples
 
 
 @contextmanager

@@ -39,7 +39,7 @@ ORDER = [
 ENTRANCES = {"vlaquant", "vlaquant.__main__"}
 
 #: Optional extras, which may be imported inside a function.
-OPTIONAL = {"compressed_tensors", "gguf", "lerobot", "matplotlib", "metaworld", "mujoco", "scipy"}
+OPTIONAL = {"av", "compressed_tensors", "gguf", "lerobot", "matplotlib", "metaworld", "mujoco", "scipy"}
 PICKLES = {"cPickle", "cloudpickle", "dill", "joblib", "pickle", "shelve"}
 
 MAX_FILE_LINES = 400
@@ -159,9 +159,11 @@ def inner_import_complaints(name: str, source: str) -> list[str]:
 
 
 def pickle_complaints(name: str, source: str) -> list[str]:
-    """Ways to read or write pickles."""
+    """Ways to read or write pickles; ``torch.load(…, weights_only=True)`` reads tensors and can run no code."""
     complaints = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    tensors_only = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call) and _only_weights(node)}
+    for node in ast.walk(tree):
         found: list[str] = []
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names if alias.name.split(".")[0] in PICKLES]
@@ -170,12 +172,20 @@ def pickle_complaints(name: str, source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module == "torch":
             found = [f"torch.{alias.name}" for alias in node.names if alias.name in {"load", "save"}]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            found = [f"torch.{node.attr}"] if node.attr in {"load", "save"} else []
+            found = [f"torch.{node.attr}"] if node.attr in {"load", "save"} and id(node) not in tensors_only else []
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             harmless = isinstance(node.value, ast.Constant) and node.value.value is False
             found = [] if harmless else ["allow_pickle"]
         complaints += [f"{name}:{getattr(node, 'lineno', 0)}: {one}: no pickle here" for one in found]
     return complaints
+
+
+def _only_weights(call: ast.Call) -> bool:
+    loads = isinstance(call.func, ast.Attribute) and call.func.attr == "load"
+    return loads and any(
+        keyword.arg == "weights_only" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+        for keyword in call.keywords
+    )
 
 
 def path_complaints(name: str, text: str) -> list[str]:
@@ -293,7 +303,10 @@ def test_inner_import_checker_sees(statement):
         "from dill import loads",
         "from torch import load",
         "import torch\ntorch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "torch.load(p, weights_only=flag)",
         "torch.save(x, p)",
+        "torch.save(x, p, weights_only=True)",
         "read = torch.load",
         "numpy.load(p, allow_pickle=True)",
         "numpy.load(p, allow_pickle=flag)",
@@ -301,6 +314,10 @@ def test_inner_import_checker_sees(statement):
 )
 def test_pickle_checker_sees(source):
     assert len(pickle_complaints("a.py", source)) == 1
+
+
+def test_pickle_checker_accepts_tensors_and_nothing_else():
+    assert pickle_complaints("a.py", "import torch\ntorch.load(p, map_location='cpu', weights_only=True)") == []
 
 
 def test_pickle_checker_accepts_safetensors():

@@ -297,21 +297,30 @@ def test_too_little_memory_is_refused_with_the_figures(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_files_with_other_names_are_read_as_a_whole(tmp_path: Path) -> None:
-    """transformers renames on loading; vlaquant then holds the model in memory, and says so."""
+def test_files_with_other_names_are_read_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """The name of the base model goes without its prefix in files that the base model wrote."""
     source = make_source(tmp_path / "source", "llama")
     wanted = in_memory(source, LANGUAGE, WINDOWS)
     file = source / "model.safetensors"
-    # The name of the base model goes without its prefix in files that the base model wrote
     tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
+    result = streamed(source, LANGUAGE, WINDOWS, tmp_path / "out")
+    assert result.held is None
+    assert differing(written(tmp_path / "out"), wanted) == []
+
+
+def test_files_that_transformers_casts_are_read_as_a_whole(tmp_path: Path) -> None:
+    """vlaquant then holds the model in memory, and says so."""
+    source = make_source(tmp_path / "source", "llama")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    wanted = in_memory(source, LANGUAGE, WINDOWS)
     log = tmp_path / "run.jsonl"
     result = streamed(source, LANGUAGE, WINDOWS, tmp_path / "out", log=log)
     assert result.held is not None
     notes = [line["text"] for line in map(json.loads, log.read_text(encoding="utf-8").splitlines()) if "text" in line]
-    assert any(
-        "whole model is held in memory, because" in note and "model.embed_tokens.weight" in note for note in notes
-    ), notes
+    reason = "lm_head.weight is torch.float32 in the files, torch.bfloat16 wanted"
+    assert f"the whole model is held in memory, because {reason}" in notes, notes
     assert differing(written(tmp_path / "out"), wanted) == []
 
 

@@ -28,7 +28,7 @@ from vlaquant.export.compressed_tensors import (
     to_quantization_config,
 )
 from vlaquant.export.verify import verify
-from vlaquant.families import FAMILIES
+from vlaquant.families import FAMILIES, Family
 from vlaquant.models.openvla import OpenVLAForActionPrediction
 
 TOKENS = torch.arange(20).reshape(1, 20)
@@ -118,8 +118,8 @@ def test_openvla_is_verified_in_a_fresh_process(tmp_path: Path) -> None:
 
 
 def test_a_file_that_differs_is_noticed_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flip_one_code(sources: Any, directory: Path) -> None:
-        join_tensor_files(sources, directory)
+    def flip_one_code(sources: Any, directory: Path, **more: Any) -> None:
+        join_tensor_files(sources, directory, **more)
         file = directory / "model.safetensors"
         written = load_file(file)
         written["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 1
@@ -142,10 +142,10 @@ def test_a_policy_from_memory_brings_its_processor(tmp_path: Path) -> None:
     assert {"tokenizer.json", "processor_config.json"} <= side.keys()
 
 
-def answers_of(model: nn.Module, output: torch.Tensor) -> Callable[[Path, Path, Path], None]:
+def answers_of(model: nn.Module, output: torch.Tensor) -> Callable[..., None]:
     """What the fresh process leaves behind when all tensors are right."""
 
-    def run(directory: Path, inputs_file: Path, report_file: Path) -> None:
+    def run(directory: Path, inputs_file: Path, report_file: Path, family: Family) -> None:
         digests = {name: digest(tensor) for name, tensor in file_tensors(model).items()}
         write_json(report_file.with_suffix(".json"), digests)
         save_file({"output": output}, report_file)
@@ -159,10 +159,10 @@ def test_an_output_that_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.M
     with torch.inference_mode():
         right = model(**inputs).logits
     monkeypatch.setattr("vlaquant.export.verify._run_fresh", answers_of(model, right))
-    assert verify(model, tmp_path, FAMILIES["causal_lm"], inputs)["output_values"] == right.numel()
+    assert verify(model, tmp_path, FAMILIES["hf"], inputs)["output_values"] == right.numel()
     monkeypatch.setattr("vlaquant.export.verify._run_fresh", answers_of(model, right + 0.25))
     with pytest.raises(ExportError, match=r"all tensors are equal, but the output differs by 0\.25"):
-        verify(model, tmp_path, FAMILIES["causal_lm"], inputs)
+        verify(model, tmp_path, FAMILIES["hf"], inputs)
 
 
 def test_a_directory_that_does_not_load_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_a_directory_that_does_not_load_is_noticed(tmp_path: Path, monkeypatch: 
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(ExportError, match="a fresh process could not load and run it: it broke"):
-        verify(llama(), tmp_path, FAMILIES["causal_lm"], {"input_ids": TOKENS})
+        verify(llama(), tmp_path, FAMILIES["hf"], {"input_ids": TOKENS})
 
 
 def test_unknown_models_are_compared_tensor_by_tensor(tmp_path: Path) -> None:

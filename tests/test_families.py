@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import vlaquant
 from vlaquant.errors import CalibrationError, CheckpointError
-from vlaquant.families import FAMILIES, FoldGroup, family_of_config, family_of_model, find_folds, norm_offset
-from vlaquant.families.openvla import load_observations
-from vlaquant.passes.fold import fold_norm_
+from vlaquant.families import FAMILIES, FoldGroup, family_of_config, family_of_model, find_folds
+from vlaquant.families.data import load_observations
+from vlaquant.passes import fold
+from vlaquant.passes.fold import apply_fold_, channels_of, fold_layer_scale_
 
 SIZES = {
     "vocab_size": 64,
@@ -29,8 +30,8 @@ SIZES = {
 #: Largest relative change of outputs in float64, some of whose norms compute in float32 all the same.
 EXACT = 1e-6
 #: Sources of the folds of one block, without its name.
-LLAMA_LIKE = {"input_layernorm", "post_attention_layernorm", "mlp.up_proj"}
-GEMMA_LIKE = {"input_layernorm", "pre_feedforward_layernorm", "mlp.up_proj"}
+LLAMA_LIKE = {"input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"}
+GEMMA_LIKE = {"input_layernorm", "self_attn.v_proj", "pre_feedforward_layernorm", "mlp.up_proj"}
 ARCHITECTURES = {
     "llama": LLAMA_LIKE,
     "mistral": LLAMA_LIKE,
@@ -40,7 +41,7 @@ ARCHITECTURES = {
     "gemma": LLAMA_LIKE,
     "gemma2": GEMMA_LIKE,
     "gemma3_text": GEMMA_LIKE,
-    "olmo2": {"mlp.up_proj"},
+    "olmo2": {"self_attn.v_proj", "mlp.up_proj"},
     "phi3": set(),
 }
 
@@ -61,19 +62,12 @@ def logits(model: Any) -> Tensor:
 
 
 @torch.no_grad()
-def fold_(model: nn.Module, group: FoldGroup, offset: float | None = None) -> None:
+def fold_(model: nn.Module, group: FoldGroup) -> None:
     """Apply a random scale to one fold."""
-    source = model.get_submodule(group.source)
-    targets: list[Any] = [model.get_submodule(name) for name in group.targets]
-    scale = torch.exp(torch.randn(targets[0].in_features, dtype=torch.float64))
-    if not isinstance(source, nn.Linear):
-        fold_norm_(source, scale, targets, offset=norm_offset(source) if offset is None else offset)
+    if group.gamma is not None:
+        fold_layer_scale_(model, group, {})
         return
-    source.weight.div_(scale.unsqueeze(-1))
-    if source.bias is not None:
-        source.bias.div_(scale)
-    for target in targets:
-        target.weight.mul_(scale)
+    apply_fold_(model, group, torch.exp(torch.randn(channels_of(model, group), dtype=torch.float64)), {})
 
 
 def change(before: Tensor, after: Tensor) -> float:
@@ -85,7 +79,7 @@ def change(before: Tensor, after: Tensor) -> float:
 def test_folds_keep_the_function(kind: str) -> None:
     model = causal_lm(kind)
     before = logits(model)
-    groups = find_folds(model, FAMILIES["causal_lm"].folds)
+    groups = find_folds(model, FAMILIES["hf"].folds)
     for group in groups:
         fold_(model, group)
     found = [group.source.removeprefix("model.layers.").partition(".") for group in groups]
@@ -123,10 +117,11 @@ def test_transforms_keep_the_function_of_unusual_blocks(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
 @torch.no_grad()
-def test_the_wrong_offset_changes_the_function(kind: str) -> None:
+def test_the_wrong_offset_changes_the_function(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fold, "norm_offset", lambda norm: 0.0)
     model = causal_lm(kind)
     before = logits(model)
-    fold_(model, find_folds(model, FAMILIES["causal_lm"].folds)[0], offset=0.0)
+    fold_(model, find_folds(model, FAMILIES["hf"].folds)[0])
     assert change(before, logits(model)) > 1e-3
 
 
@@ -140,38 +135,38 @@ def test_a_norm_of_the_same_name_elsewhere_changes_the_function() -> None:
     assert change(before, logits(model)) > 1e-3
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
 @torch.no_grad()
-def test_values_fold_only_where_every_head_has_its_own() -> None:
-    grouped, full = causal_lm("llama"), causal_lm("llama", num_key_value_heads=4)
-    folds = FAMILIES["causal_lm"].folds
-    assert not [group for group in find_folds(grouped, folds) if group.source.endswith("v_proj")]
-    before = logits(full)
-    (first, second) = [group for group in find_folds(full, folds) if group.source.endswith("v_proj")]
-    assert first.targets == ("model.layers.0.self_attn.o_proj",)
-    fold_(full, first)
-    fold_(full, second)
-    assert change(before, logits(full)) < EXACT
+def test_values_fold_with_one_scale_for_all_query_heads_that_read_them(heads: int) -> None:
+    model = causal_lm("llama", num_key_value_heads=heads)
+    before = logits(model)
+    values = [group for group in find_folds(model, FAMILIES["hf"].folds) if group.source.endswith("v_proj")]
+    assert [group.targets for group in values] == [(f"model.layers.{layer}.self_attn.o_proj",) for layer in range(2)]
+    for group in values:
+        assert channels_of(model, group) == heads * SIZES["head_dim"]
+        fold_(model, group)
+    assert change(before, logits(model)) < EXACT
 
 
 def test_models_find_their_family() -> None:
     assert family_of_model(openvla()).name == "openvla"
-    assert family_of_model(llama()).name == "causal_lm"
-    assert family_of_model(nn.Linear(2, 2)).name == "generic"
-    assert family_of_model(llama(), "generic").name == "generic"
+    assert family_of_model(llama()).name == "hf"
+    assert family_of_model(nn.Linear(2, 2)).name == "module"
+    assert family_of_model(llama(), "module").name == "module"
 
 
 def test_directories_find_their_family() -> None:
     assert family_of_config({"model_type": "openvla"}).name == "openvla"
-    assert family_of_config({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}).name == "causal_lm"
-    assert family_of_config({}, "generic").name == "generic"
-    with pytest.raises(CheckpointError, match=r"'bert'.*no family that vlaquant loads \(openvla, causal_lm\)"):
+    assert family_of_config({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}).name == "hf"
+    assert family_of_config({}, "module").name == "module"
+    with pytest.raises(CheckpointError, match=r"'bert'.*no family that vlaquant loads \(.*hf\)"):
         family_of_config({"model_type": "bert", "architectures": ["BertModel"]})
     with pytest.raises(CheckpointError, match="no family"):
         family_of_config({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]})
 
 
 def test_parts() -> None:
-    policy, language = FAMILIES["openvla"], FAMILIES["causal_lm"]
+    policy, language = FAMILIES["openvla"], FAMILIES["hf"]
     assert policy.part_of("vision_backbone.featurizer.blocks.0.attn.qkv") == "vision"
     assert policy.part_of("projector.fc1") == "projector"
     assert policy.part_of("language_model.model.layers.0.mlp.up_proj") == "language"
@@ -186,15 +181,14 @@ def test_unknown_models_need_their_owner(tmp_path: Path) -> None:
         vlaquant.quantize(nn.Sequential(nn.Linear(8, 8)), recipe, samples=[torch.zeros(40, 8)])
     directory = save_llama(tmp_path / "source", llama())
     with pytest.raises(CheckpointError, match="build it yourself and pass it"):
-        vlaquant.quantize(directory, recipe | {"family": "generic"})
+        vlaquant.quantize(directory, recipe | {"family": "module"})
 
 
 @pytest.mark.parametrize(
     ("family", "calibration", "message"),
     [
         ("openvla", {"kind": "text", "path": "x"}, "text is for language models in a directory, not for openvla"),
-        ("causal_lm", {"kind": "text", "path": "x"}, "text is for language models in a directory"),
-        ("causal_lm", {"kind": "episodes", "path": "x"}, "episodes is for policies, and family causal_lm is none"),
+        ("hf", {"kind": "text", "path": "x"}, "text is for language models in a directory"),
         ("openvla", {"kind": "episodes", "path": "nowhere"}, "nowhere: no split 'calibration'"),
     ],
 )
@@ -213,6 +207,8 @@ def test_recorded_episodes_read_back(tmp_path: Path) -> None:
     assert {(one.instruction, one.task, one.unnorm_key) for one in read} == {("push", "push", "tiny")}
     for mine, theirs in zip(read, written, strict=True):
         assert np.array_equal(np.asarray(mine.image), np.asarray(theirs.image))
+        assert mine.action is not None
+        assert theirs.action is not None
         assert np.array_equal(mine.action, theirs.action)
     assert [one.episode for one in load_observations(tmp_path, "calibration", 3)] == [0, 3, 6]
 
@@ -229,6 +225,7 @@ def test_token_by_token_policies_are_shown_the_demonstrated_action() -> None:
     inputs = FAMILIES["openvla"].inputs(policy, sample)
     shown = inputs["input_ids"][:, prompt.shape[1] :]
     assert torch.equal(inputs["input_ids"][:, : prompt.shape[1]], prompt)
+    assert sample.action is not None
     np.testing.assert_allclose(policy.action_tokens.decode(shown[0].numpy()), sample.action.ravel()[:-1], atol=1 / 255)
     length = inputs["input_ids"].shape[1] + policy.image_tokens
     assert FAMILIES["openvla"].run(policy, inputs).shape[:2] == (1, length)

@@ -108,7 +108,7 @@ PALETTE.putpalette([1, 2, 3] * 256)
         (Image.new("L", (4, 4)), Image.new("P", (4, 4))),
         (Image.new("P", (4, 4)), PALETTE),
     ],
-    ids=repr,
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else repr(value),
 )
 def test_samples_differ_in_one_place(one: Any, other: Any) -> None:
     mine, theirs = (fingerprint([0, {"x": value}]) for value in (one, other))

@@ -19,7 +19,7 @@ from unpack_smollm2 import unpack
 import vlaquant
 from vlaquant.cli import main
 from vlaquant.evaluate.language import compare_text
-from vlaquant.families.causal_lm import text_samples
+from vlaquant.families.hf_samples import text_samples
 
 TEXT = os.environ.get("VLAQUANT_TEXT")
 

@@ -216,7 +216,7 @@ def test_a_wrong_tower_is_refused(fields, message):
 
 
 def test_unknown_decoding_is_refused():
-    with pytest.raises(CheckpointError, match="'diffusion': use 'autoregressive' or 'parallel'"):
+    with pytest.raises(CheckpointError, match="'diffusion'; known: autoregressive, parallel, regression"):
         OpenVLAConfig(action_decoding="diffusion")
 
 

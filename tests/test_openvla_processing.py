@@ -21,7 +21,7 @@ from vlaquant.models.openvla import (
 
 IMAGES = sorted(key.removeprefix("image.") for key in tensors("preprocessing") if key.startswith("image."))
 STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
-STATS = {"q01": np.array([-2.0, 0.0, 0.0]), "q99": np.array([4.0, 0.5, 1.0]), "mask": np.array([True, True, False])}
+STATS = {"low": np.array([-2.0, 0.0, 0.0]), "high": np.array([4.0, 0.5, 1.0]), "mask": np.array([True, True, False])}
 
 
 def image(name):
@@ -145,7 +145,7 @@ def test_units_are_those_of_the_dataset():
 
 
 def test_a_constant_dimension_is_finite():
-    stats = {"q01": np.array([0.3]), "q99": np.array([0.3]), "mask": np.array([True])}
+    stats = {"low": np.array([0.3]), "high": np.array([0.3]), "mask": np.array([True])}
     assert np.isfinite(normalize(np.array([0.3]), stats)).all()
     assert unnormalize(np.array([0.7]), stats).tolist() == [0.3]
 

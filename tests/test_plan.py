@@ -1,5 +1,8 @@
 """Every weight has a verdict and a reason, and a recipe that does not fit is refused before any work."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -17,7 +20,7 @@ from vlaquant.recipe import load_recipe
 W4 = {"part": "language", "scheme": "w4a16", "group_size": 64}
 
 
-def make(model: nn.Module, *rules: dict[str, object], family: str = "causal_lm", **recipe: object) -> Plan:
+def make(model: nn.Module, *rules: dict[str, object], family: str = "hf", **recipe: object) -> Plan:
     return make_plan(model, FAMILIES[family], load_recipe({"rules": list(rules), **recipe}))
 
 
@@ -91,7 +94,7 @@ def test_smollm_with_groups_of_128_names_layers_and_legal_sizes() -> None:
 @pytest.mark.parametrize(("choice", "name"), [("nearest", "w4a16_g96"), ("channel", "w4a16_channel"), ("keep", None)])
 def test_on_indivisible(choice: str, name: str | None) -> None:
     model = nn.Sequential(nn.Linear(576, 8))
-    made = make(model, {"part": "model", "scheme": "w4a16"}, family="generic", on_indivisible=choice)
+    made = make(model, {"part": "model", "scheme": "w4a16"}, family="module", on_indivisible=choice)
     layer = made.layers[0]
     assert (layer.scheme.name if layer.scheme else None) == name
     assert "576 columns do not divide into groups of 128" in layer.reason
@@ -111,7 +114,7 @@ def test_tied_head_stays_float() -> None:
 
 def test_weights_read_directly_stay_float() -> None:
     model = nn.ModuleDict({"mha": nn.MultiheadAttention(16, 2), "fc": nn.Linear(16, 16)})
-    made = make(model, {"part": "model", "scheme": "w8a8"}, family="generic")
+    made = make(model, {"part": "model", "scheme": "w8a8"}, family="module")
     verdicts = {layer.name: layer.scheme is not None for layer in made.layers}
     assert verdicts == {"mha.out_proj": False, "fc": True}
 
@@ -140,7 +143,7 @@ def test_round_trip_and_table() -> None:
     assert plan_from_dict(made.to_dict()) == made
     text = str(made)
     assert "w4a16_g64" in text
-    assert "Conv2d: not an nn.Linear" in text
+    assert "not covered: Conv2d, " in text
     assert "vision_backbone.featurizer.pos_embed" in made.layer_table()
 
 
@@ -149,3 +152,13 @@ def test_plan_changes_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     vlaquant.plan(model, {"rules": [W4]})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_rule_for_a_part_leaves_what_the_family_keeps_float_and_a_pattern_decides_it() -> None:
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    family = replace(FAMILIES["openvla"], keep_float=((re.escape(name), "it is dear to me"),))
+    by_part = make_plan(openvla(), family, load_recipe({"rules": [W4]}))
+    assert name not in by_part.quantized
+    assert next(layer.reason for layer in by_part.layers if layer.name == name) == "it is dear to me"
+    by_name = {"pattern": name, "scheme": "w4a16", "group_size": 64}
+    assert list(make_plan(openvla(), family, load_recipe({"rules": [by_name]})).quantized) == [name]

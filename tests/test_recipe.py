@@ -47,7 +47,7 @@ def make(**changes) -> Recipe:
 def test_full_recipe(load_text, tmp_path):
     recipe = load_text(
         """
-family: causal_lm
+family: hf
 model: ../model
 output: /absolute/output
 rules:
@@ -66,7 +66,7 @@ seed: 7
     assert recipe.transforms == (SmoothQuant(alpha=0.7), Awq(grid=20))
     assert recipe.quantizer == Gptq(clip="minmax", damp=0.01, block_size=128, act_order=False)
     assert recipe.calibration == Text(path=tmp_path / "calibration.txt", samples=8, sequence_length=512, min_tokens=32)
-    assert (recipe.family, recipe.on_indivisible, recipe.seed) == ("causal_lm", "nearest", 7)
+    assert (recipe.family, recipe.on_indivisible, recipe.seed) == ("hf", "nearest", 7)
 
 
 def test_defaults():
@@ -105,13 +105,13 @@ def test_shipped_recipes_load(path):
     assert first.weight.bits == (8 if "w8a8" in path.stem else 4)
     assert (first.activation is not None) == ("w8a8" in path.stem)
     algorithms = {recipe.quantizer.kind, *(transform.kind for transform in recipe.transforms)}
-    assert path.stem.rpartition("_")[2] in algorithms
+    assert path.stem.rpartition("_")[2] in algorithms | {"small"}
     require_calibration(recipe)
 
 
 def test_every_kind_of_model_has_three_recipes():
     kinds = ["w4a16_awq", "w4a16_gptq", "w8a8_smoothquant"]
-    wanted = {f"{model}_{kind}" for model in ["demo", "openvla", "causal_lm"] for kind in kinds}
+    wanted = {f"{model}_{kind}" for model in ["demo", "openvla", "hf"] for kind in kinds}
     assert wanted <= {path.stem for path in CONFIGS}
 
 
@@ -157,11 +157,14 @@ GOOD = "rules: [{part: language, scheme: w4a16}]\n"
             "must be one of error, nearest, channel, keep, got 'chanel'; did you mean 'channel'?",
         ),
         (f"{GOOD}transforms:", "recipe.yaml:2: transforms: must be a list, got None"),
-        (f"{GOOD}transforms: [{{alpha: 1}}]", "transforms[0].kind: must be one of smoothquant, awq, got None"),
+        (
+            f"{GOOD}transforms: [{{alpha: 1}}]",
+            "transforms[0].kind: must be one of smoothquant, awq, layerscale, got None",
+        ),
         (f"{GOOD}transforms: [awq]", "transforms[0]: must be a mapping with a 'kind', got 'awq'"),
         (
             f"{GOOD}transforms:\n- kind: awk",
-            "recipe.yaml:3: transforms[0].kind: must be one of smoothquant, awq, got 'awk'",
+            "recipe.yaml:3: transforms[0].kind: must be one of smoothquant, awq, layerscale, got 'awk'",
         ),
         (
             f"{GOOD}transforms:\n- kind: awq\n  gird: 2",

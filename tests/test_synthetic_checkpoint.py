@@ -19,7 +19,7 @@ import vlaquant
 from vlaquant.checkpoint import weight_files, write_json
 from vlaquant.cli import main
 from vlaquant.families import FAMILIES
-from vlaquant.families.openvla import load_observations
+from vlaquant.families.data import load_observations
 from vlaquant.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 
 FAMILY = FAMILIES["openvla"]

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from vlaquant.calibrate import observe
 from vlaquant.families import FoldGroup
 from vlaquant.numerics import fake_quantize, qparams, quantize_weight
+from vlaquant.passes import fold
 from vlaquant.passes import transform as real
 from vlaquant.passes.awq import awq_scales
 from vlaquant.passes.layer import Work
 from vlaquant.passes.smoothquant import smooth_scale
+from vlaquant.passes.transform import TransformRecord
 from vlaquant.recipe import Awq, SmoothQuant, Transform
 from vlaquant.scheme import PRESETS, Scheme
 
@@ -36,6 +38,7 @@ class Layers(nn.Module):
             linear.weight.data = random_weight(linear.out_features, linear.in_features, seed=seed)
         # Channels of very different size are what scales are for
         self.norm.weight.data = correlated_inputs(1, 32, seed=5)[0].abs() + 0.1
+        self.norm.weight.data[:2] *= 8.0
         self.c.weight.data *= correlated_inputs(1, 64, seed=6)[0].abs().unsqueeze(-1) + 0.1
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +58,12 @@ def made(scheme: Scheme, module: types.ModuleType = real) -> tuple[Layers, dict[
         linear: Any = model.get_submodule(name)
         works[name] = module.Work(linear.weight.detach(), linear.bias.detach(), scheme, stats[name], torch.float32)
     return model, works, x
+
+
+def losses(record: TransformRecord) -> tuple[float, float]:
+    assert record.loss_before is not None
+    assert record.loss_after is not None
+    return record.loss_before, record.loss_after
 
 
 def _mean_abs(work: Work) -> Tensor:
@@ -112,6 +121,7 @@ def check(module: types.ModuleType, scheme: str, kind: str, group: FoldGroup) ->
     assert record.loss_after == pytest.approx(best, rel=1e-3)
     assert (record.kind, record.source, record.targets) == (kind, group.source, group.targets)
     assert record.kept == (record.loss_after < record.loss_before)
+    assert record.reverted is None
     after = outputs(model, works, x)
     for name in {"b", "c", "d"} - {group.source}:
         torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-5)
@@ -133,10 +143,6 @@ def test_record_and_function(scheme: str, kind: str, group: FoldGroup) -> None:
         ("(stats.sample / scale, work.scheme", "(stats.sample, work.scheme", "w8a8", NORM),
         ("(stats.channel_high / scale).max()", "stats.high", "w8a8_static", NORM),
         ("min_max(x)", "x.aminmax()", "w8a8", NORM),
-        ("work.weight = work.weight * scale", "work.weight = work.weight / scale", "w4a16", NORM),
-        ("work.stats = scaled[id(work.stats)]", "pass", "w4a16", NORM),
-        ("source.weight / scale.unsqueeze(-1)", "source.weight * scale.unsqueeze(-1)", "w4a16", LINEAR),
-        ("source.bias = source.bias / scale", "pass", "w4a16", LINEAR),
         ("kept = after < before", "kept = after > before", "w4a16", LINEAR),
     ],
 )
@@ -146,23 +152,39 @@ def test_check_notices_a_broken_copy(old: str, new: str, scheme: str, group: Fol
         check(broken, scheme, "awq", group)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "group"),
+    [
+        ("weight * columns.to(weight), bias", "weight / columns.to(weight), bias", NORM),
+        ("work.stats = scaled[id(work.stats)]", "pass", NORM),
+        ("return weight / scale.unsqueeze(-1)", "return weight * scale.unsqueeze(-1)", LINEAR),
+        ("None if bias is None else bias / scale", "bias", LINEAR),
+    ],
+)
+def test_check_notices_a_broken_fold(old: str, new: str, group: FoldGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real, "apply_fold_", mutant(fold, old, new).apply_fold_)
+    with pytest.raises(AssertionError):
+        check(real, "w4a16", "awq", group)
+
+
 @pytest.mark.parametrize(("scheme", "kind"), [("w4a16", "awq"), ("w8a8_static", "smoothquant")])
 def test_a_scale_that_helps_is_kept(scheme: str, kind: str) -> None:
     model, works, _ = made(SCHEMES[scheme])
     record = real.transform_group_(model, NORM, works, TRANSFORMS[kind])
     assert record.kept
-    assert record.loss_after < 0.9 * record.loss_before
+    assert losses(record)[1] < 0.9 * losses(record)[0]
     assert 0.0 < record.strength <= 1.0
 
 
-def test_targets_go_on_sharing_statistics() -> None:
+def test_targets_go_on_sharing_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     model, works, _ = made(SCHEMES["w4a16"])
     before = works["b"].stats
     assert real.transform_group_(model, NORM, works, TRANSFORMS["awq"]).kept
     assert works["b"].stats is works["c"].stats is not before
-    apart = mutant(real, "if id(work.stats) not in scaled:", "if True:")
+    apart = mutant(fold, "if id(work.stats) not in scaled:", "if True:")
+    monkeypatch.setattr(real, "apply_fold_", apart.apply_fold_)
     model, works, _ = made(SCHEMES["w4a16"])
-    apart.transform_group_(model, NORM, works, TRANSFORMS["awq"])
+    real.transform_group_(model, NORM, works, TRANSFORMS["awq"])
     assert works["b"].stats is not works["c"].stats
 
 
@@ -170,7 +192,7 @@ def test_targets_go_on_sharing_statistics() -> None:
 def test_search_by_some_rows_measures_its_choice_on_all(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every third row the scale is nearly as good as the best, and the record is that of all rows."""
     model, works, _ = made(SCHEMES[scheme])
-    losses = [naive_loss(works, NORM, scale) for _, scale in awq_scales(_mean_abs(works["b"]), grid=8)]
+    naive = [naive_loss(works, NORM, scale) for _, scale in awq_scales(_mean_abs(works["b"]), grid=8)]
     searched: list[int] = []
     round_weight = vars(real)["round_weight"]
 
@@ -182,9 +204,9 @@ def test_search_by_some_rows_measures_its_choice_on_all(scheme: str, monkeypatch
     monkeypatch.setattr(real, "round_weight", noted)
     record = real.transform_group_(model, NORM, works, TRANSFORMS["awq"])
     assert searched == [4 + 22] * 7 + [12, 64] * 4
-    assert record.loss_before == pytest.approx(losses[0], rel=1e-3)
-    assert record.loss_after == pytest.approx(losses[round(record.strength * 8)], rel=1e-3)
-    assert record.loss_after < min(losses) + 0.2 * (losses[0] - min(losses))
+    assert record.loss_before == pytest.approx(naive[0], rel=1e-3)
+    assert record.loss_after == pytest.approx(naive[round(record.strength * 8)], rel=1e-3)
+    assert losses(record)[1] < min(naive) + 0.2 * (naive[0] - min(naive))
 
 
 def test_targets_of_different_schemes_are_each_rounded_by_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,10 +214,10 @@ def test_targets_of_different_schemes_are_each_rounded_by_their_own(monkeypatch:
         monkeypatch.setattr(real, "_SEARCHED_ROWS", rows)
         model, works, _ = made(SCHEMES["w4a16"])
         works["b"].scheme = works["b"].scheme.with_weight(group_size="tensor", bits=8)
-        losses = [naive_loss(works, NORM, scale) for _, scale in awq_scales(_mean_abs(works["b"]), grid=8)]
+        naive = [naive_loss(works, NORM, scale) for _, scale in awq_scales(_mean_abs(works["b"]), grid=8)]
         record = real.transform_group_(model, NORM, works, TRANSFORMS["awq"])
-        assert record.loss_before == pytest.approx(losses[0], rel=1e-3)
-        assert record.loss_after == pytest.approx(losses[round(record.strength * 8)], rel=1e-3)
+        assert record.loss_before == pytest.approx(naive[0], rel=1e-3)
+        assert record.loss_after == pytest.approx(naive[round(record.strength * 8)], rel=1e-3)
 
 
 def test_a_scale_that_does_not_help_changes_nothing() -> None:
@@ -205,7 +227,7 @@ def test_a_scale_that_does_not_help_changes_nothing() -> None:
     stats = {name: work.stats for name, work in works.items()}
     record = real.transform_group_(model, NORM, works, SmoothQuant(alpha=1.0))
     assert not record.kept
-    assert record.loss_after >= record.loss_before
+    assert losses(record)[1] >= losses(record)[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(work.weight, weights[name]) for name, work in works.items())
     assert all(work.stats is stats[name] for name, work in works.items())

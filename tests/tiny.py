@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vlaquant.families.openvla import Observation
+from vlaquant.families.observation import Observation
 from vlaquant.models.openvla import (
     OpenVLAConfig,
     OpenVLAForActionPrediction,
@@ -99,7 +99,7 @@ def observations(count: int = 4, seed: int = 0) -> list[Observation]:
     rng = np.random.default_rng(seed)
     return [
         Observation(
-            image=Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)),
+            images=(Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)),),
             instruction="push",
             action=rng.uniform(-1.0, 1.0, (2, ACTION)),
             episode=index,
@@ -115,7 +115,7 @@ def save_observations(directory: Path, split: str, seen: list[Observation]) -> P
         {
             "image": one.image,
             "instruction": one.instruction,
-            "action": one.action.tolist(),
+            "action": None if one.action is None else one.action.tolist(),
             "episode": one.episode,
             "task": one.task,
         }

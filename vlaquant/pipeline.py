@@ -86,7 +86,7 @@ def quantize(
         QuantizationRun(model_or_path, recipe, target, options, show=progress, processes=processes) as job,
     ):
         data, made = job.observe(make_plan(job.opened.model, job.opened.family, recipe), samples, run)
-        if not made.quantized:
+        if not made.quantized and not made.replaced_tables:
             raise PlanError(f"no layer is left to quantize:\n{made}")
         loop = job.stages(made, data, overwrite=overwrite, resume=resume)
         loop.run()

@@ -78,6 +78,8 @@ class QuantizationResult:
         if self.transforms:
             kept = sum(record.kept for record in self.transforms)
             lines.append(f"{kept} of {len(self.transforms)} scalings lower the output error and were kept")
+            undone = [record for record in self.transforms if record.reverted is not None]
+            lines += [f"taken back: {record.kind} of {record.source}: it {record.reverted}" for record in undone]
         if self.mean_relative_loss is not None:
             lines.append(
                 f"output error of a layer: {self.mean_relative_loss:.3%} of its output's mean square, on average"

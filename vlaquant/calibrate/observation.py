@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlaquant.calibrate.masks import counted_rows, takes_turns
 from vlaquant.calibrate.statistics import ActStats, RunningStats, final_stats, no_stats, row_keys
 from vlaquant.errors import CalibrationError
 
@@ -40,12 +41,13 @@ class Observation:
     """The statistics being collected; made by :func:`observe`.
 
     Attributes:
-        mask: bool [b, t], True for the tokens that count, or None. It applies to inputs of shape [b, t, k]; of an input
-            with other leading dimensions every token counts. It may be changed at any time, also while a sample runs.
+        masks: of the sample that runs, by layer: see :func:`~vlaquant.calibrate.masks.counted_rows`. Of the input of a
+            layer without one every token counts. They may be changed at any time, also while a sample runs.
     """
 
     def __init__(self, features: dict[str, int], *, hessian_for: Collection[str], sample_rows: int, seed: int) -> None:
-        self.mask: Tensor | None = None
+        self.masks: Mapping[str, Tensor] = {}
+        self._turns: dict[str, int] = {}
         self._sample_rows = sample_rows
         self._seed = seed
         self._sample: int | None = None
@@ -58,11 +60,11 @@ class Observation:
             group.members.add(name)
             self._group_of[name] = group
 
-    def begin_sample(self, mask: Tensor | None = None, *, index: int | None = None) -> None:
+    def begin_sample(self, masks: Mapping[str, Tensor] | None = None, *, index: int | None = None) -> None:
         """Say that the next sample starts, and which of its tokens count.
 
         Args:
-            mask: see the attribute.
+            masks: see the attribute.
             index: which one of all samples it is, whoever takes the others; by default the one after the last. Errors
                 name it, and the draw of sampled rows depends on it.
         """
@@ -70,7 +72,7 @@ class Observation:
         if index is None:
             index = 0 if self._sample is None else self._sample + 1
         self._sample = index
-        self.mask = mask
+        self.masks = masks or {}
         for group in self._groups():
             group.calls = 0
 
@@ -79,9 +81,9 @@ class Observation:
 
         Raises:
             CalibrationError: a token that counts is not finite. As the first bad layer that runs raises, the message
-                names the origin and not the layers it spoilt.
+                names the origin and not the layers it spoilt. Or a mask does not fit.
         """
-        rows = self._real_tokens(x.detach())
+        rows = self._counted(name, x.detach())
         if rows.shape[0] == 0:
             return
         group = self._group_of[name]
@@ -136,13 +138,22 @@ class Observation:
                 "use more samples, or keep these layers in float (or quantize them without data)"
             )
 
-    def _real_tokens(self, x: Tensor) -> Tensor:
-        mask = self.mask
-        if mask is None or mask.shape != x.shape[:-1]:
-            return x.reshape(-1, x.shape[-1])
-        if mask.dtype is not torch.bool:
-            raise CalibrationError(f"the token mask has dtype {mask.dtype}; use bool, True for the tokens that count")
-        return x[mask.to(x.device)]
+    def _counted(self, name: str, x: Tensor) -> Tensor:
+        mask, turn = self.masks.get(name), self._turns.get(name, 0)
+        if takes_turns(mask, x):
+            self._turns[name] = turn + 1
+        return counted_rows(name, x, mask, turn=turn)
+
+    def _end_turns(self) -> None:
+        """Every image of the sample must have had its turn."""
+        turns, self._turns = self._turns, {}
+        for name, count in turns.items():
+            mask = self.masks.get(name)
+            if mask is not None and count % len(mask) and not mask.all():
+                raise CalibrationError(
+                    f"{name}: read {count} inputs of one image each, but its mask is about {len(mask)} images; the "
+                    "family's token_masks must be as its layers read them"
+                )
 
     def _require_finite(self, name: str, rows: Tensor) -> None:
         # One pass without a copy; a sum may overflow where no value is bad
@@ -161,6 +172,7 @@ class Observation:
         return list({id(group): group for group in self._group_of.values()}.values())
 
     def _count_all(self) -> None:
+        self._end_turns()
         for group in self._groups():
             self._settle(group)
         for group in self._groups():

@@ -15,6 +15,9 @@ from vlaquant.errors import CalibrationError, VlaquantError
 
 Mode = Literal["replay", "rerun"]
 
+#: Rows of an output that are compared; a change of the weights shows in all of them.
+_SEEN_ROWS = 256
+
 
 class _Stop(BaseException):  # not an Exception: no `except Exception` of a model may swallow it
     """The stage is done; ``value`` is what the run gives."""
@@ -26,6 +29,27 @@ class _Stop(BaseException):  # not an Exception: no `except Exception` of a mode
         """A hook of the layer before which the run ends."""
         self.value, self.reached = args[0] if args else kwargs["input"], True
         raise self
+
+
+class _Seen:
+    """What Linears gave, by name: a part for each call."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def by(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        """A hook for the Linear ``name``."""
+
+        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            self.parts.setdefault(name, []).append(_some_rows(output))
+
+        return keep
+
+
+def _some_rows(tensor: Tensor) -> Tensor:
+    """A copy of [..., n] as [rows, n], of many rows some from everywhere."""
+    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+    return rows[:: -(-len(rows) // _SEEN_ROWS) or 1].clone()
 
 
 class StageRunner:
@@ -111,6 +135,38 @@ class StageRunner:
         if self._replays(unit):
             raise _another_way(f"{unit} did not run", sample_index)
         return result if isinstance(result, Tensor) and result.is_floating_point() else None
+
+    def outputs(self, stage_index: int, sample_index: int, sample: Any) -> dict[str, Tensor]:
+        """What a stage computes, to be compared with what it computes once its weights are others.
+
+        Args:
+            stage_index: as for :meth:`run`.
+            sample_index: as there.
+            sample: as there.
+
+        Returns:
+            Floating-point tensors, the same in either mode. By its name, what each Linear of the stage gave, [rows, n],
+            up to some hundred rows of each call. By other names, what the rest of the model can see: what the unit
+            returned if it is one that can be answered from a cache, for then there is nothing else; or else (it leaves
+            something in a cache, it runs several times) the result of the whole run.
+        """
+        stage = self._flow.stages[stage_index]
+        if stage.unit in self._flow.dead:
+            return {}
+        stop, seen = _Stop(), _Seen()
+        with ExitStack() as stack:
+            if self._mode == "replay":
+                self._answer_finished(stack, stage_index, sample_index)
+            for name in stage.linears:
+                layer = self._model.get_submodule(name)
+                stack.callback(layer.register_forward_hook(seen.by(name)).remove)
+            if stage.unit in self._flow.replayable:
+                self._stop_after(stack, stage_index, sample_index, stop, store=False)
+            result = self._run_until(stop, sample, sample_index)
+        tensors = {name: torch.cat(parts) for name, parts in seen.parts.items()}
+        ends = (end for end in tensors_in(stop.value if stop.reached else result) if end.is_floating_point())
+        whose = stage.unit if stop.reached else "the whole run"
+        return tensors | {f"{whose} ({number})": _some_rows(end) for number, end in enumerate(ends)}
 
     def finished(self, stage_index: int) -> None:
         """Drop the outputs that no stage after this one needs."""

@@ -1,4 +1,4 @@
-"""The only room that reads and writes checkpoint directories. Safetensors only; nothing is ever unpickled.
+"""The only room that reads and writes checkpoint directories. Weights are safetensors, and nothing is ever pickled.
 
 A directory is written beside its final place, verified there, and renamed when it is complete, so that a run that is
 killed leaves nothing behind that looks like a result. Single files are written in the same way.

@@ -31,12 +31,16 @@ def sha256_all(paths: Iterable[Path]) -> dict[str, str]:
         return dict(zip((path.name for path in files), sums, strict=True))
 
 
-def source_identity(directory: Path) -> dict[str, str]:
+def source_identity(directory: Path, also: Iterable[str] = ()) -> dict[str, str]:
     """File name -> SHA-256 of everything that decides a model's weights: config.json, the index, the weight files.
+
+    ``also`` names more files, which are left out where they do not exist.
 
     Raises:
         CheckpointError: what :func:`read_config` and :func:`weight_files` raise.
     """
     read_config(directory)
     index = directory / INDEX
-    return sha256_all([directory / "config.json", *([index] if index.is_file() else []), *weight_files(directory)])
+    more = [directory / name for name in also if (directory / name).is_file()]
+    files = [directory / "config.json", *([index] if index.is_file() else []), *weight_files(directory), *more]
+    return sha256_all(dict.fromkeys(files))

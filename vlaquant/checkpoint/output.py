@@ -2,7 +2,7 @@
 
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from vlaquant.checkpoint.syncing import sync_tree
 from vlaquant.errors import ExportError
 
 
-def copy_side_files(source: Path, target: Path) -> dict[str, str]:
-    """Copy them byte for byte; returns their SHA-256 sums."""
+def copy_side_files(source: Path, target: Path, without: Collection[Path] = ()) -> dict[str, str]:
+    """Copy them byte for byte, but for the files ``without``; returns their SHA-256 sums."""
     sums = {}
     for path in side_files(source):
+        if source / path in without:
+            continue
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, target / path)
         sums[str(path)] = sha256(target / path)

@@ -11,7 +11,7 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -52,13 +52,14 @@ _PIECE_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: bytes ``start`` to ``end`` of ``file``."""
+    """Where one tensor lies: bytes ``start`` to ``end`` of ``file``, or in memory if there is a ``tensor``."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     end: int
+    tensor: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,47 @@ class TensorFiles(Mapping[str, TensorEntry]):
         """All names, in the order of the files and of the bytes in them: the fastest order to read in."""
         return tuple(self._entries)
 
+    def rename_(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names, {name now: new name}; those that are not in ``names`` keep theirs.
+
+        Raises:
+            CheckpointError: two tensors would get one name, and they are not the same, bit for bit.
+        """
+        entries: dict[str, TensorEntry] = {}
+        first: dict[str, str] = {}
+        for name, entry in self._entries.items():
+            new = names.get(name, name)
+            if new in entries and not self._same(first[new], name):
+                raise CheckpointError(
+                    f"{entry.file}: {first[new]} and {name} are both {new} in the model, and their values differ; "
+                    "delete the one that does not belong to this checkpoint"
+                )
+            first.setdefault(new, name)
+            entries.setdefault(new, entry)
+        self._entries = entries
+
+    def add_(self, tensors: Mapping[str, Tensor], directory: Path) -> None:
+        """Take in tensors that are in none of the files; they stay in memory.
+
+        Args:
+            tensors: contiguous, on the CPU.
+            directory: where they came from.
+
+        Raises:
+            CheckpointError: a file holds one of that name.
+        """
+        twice = sorted(tensors.keys() & self._entries.keys())
+        if twice:
+            raise CheckpointError(f"{directory}: {twice[0]} lies in the weights and beside them; delete one of them")
+        for name, tensor in tensors.items():
+            entry = TensorEntry(directory / name, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, tensor)
+            self._entries[name] = entry
+
+    def _same(self, one: str, other: str) -> bool:
+        if (self[one].dtype, self[one].shape) != (self[other].dtype, self[other].shape):
+            return False
+        return all(a == b for a, b in zip(self.pieces(one), self.pieces(other), strict=True))
+
     @property
     def bytes(self) -> int:
         """Bytes of all tensors together."""
@@ -142,6 +184,8 @@ class TensorFiles(Mapping[str, TensorEntry]):
             CheckpointError: the file changed since it was opened, or cannot be read.
         """
         entry = self[name]
+        if entry.tensor is not None:
+            return entry.tensor.clone()
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         self._fill(entry, entry.start, tensor_bytes(tensor))
         self._check_unchanged(entry.file)
@@ -154,6 +198,10 @@ class TensorFiles(Mapping[str, TensorEntry]):
             CheckpointError: as :meth:`read`.
         """
         entry = self[name]
+        if entry.tensor is not None:
+            whole = tensor_bytes(entry.tensor)
+            yield from (whole[start : start + _PIECE_BYTES] for start in range(0, len(whole), _PIECE_BYTES))
+            return
         buffer = memoryview(bytearray(min(_PIECE_BYTES, entry.end - entry.start)))
         for start in range(entry.start, entry.end, _PIECE_BYTES):
             piece = buffer[: entry.end - start]

@@ -51,13 +51,21 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     _write(path, _items(tensors), metadata or {})
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_tensors(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    numbered: bool = False,
+) -> None:
     """Write ``model.safetensors``, or numbered shards of at most ``max_shard_bytes`` with an index.
+
+    ``numbered`` writes a numbered shard and an index even where one file would do.
 
     Raises:
         CheckpointError, ExportError: as :func:`write_tensor_file`.
     """
-    _write_shards(directory, _items(tensors), max_shard_bytes)
+    _write_shards(directory, _items(tensors), max_shard_bytes, numbered=numbered)
 
 
 def write_made_tensors(
@@ -81,7 +89,11 @@ def write_made_tensors(
 
 
 def join_tensor_files(
-    sources: Sequence[tuple[str, TensorFiles, str]], directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+    sources: Sequence[tuple[str, TensorFiles, str]],
+    directory: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    numbered: bool = False,
 ) -> None:
     """:func:`write_tensors` for tensors that lie in files: the same bytes, in a few MiB of memory.
 
@@ -89,6 +101,7 @@ def join_tensor_files(
         sources: (name in the output, files that hold the tensor, its name there), in the order in which shards fill.
         directory: where the files are written.
         max_shard_bytes: a shard holds more only if it is a single tensor.
+        numbered: as for :func:`write_tensors`.
 
     Raises:
         CheckpointError: one output name twice, or a source that changed while it was being read.
@@ -101,7 +114,7 @@ def join_tensor_files(
         entry = files[source_name]
         pieces = _file_pieces(files, source_name)
         items[name] = _Item(name, entry.dtype, entry.shape, entry.end - entry.start, pieces)
-    _write_shards(directory, list(items.values()), max_shard_bytes)
+    _write_shards(directory, list(items.values()), max_shard_bytes, numbered=numbered)
 
 
 def _file_pieces(files: TensorFiles, name: str) -> Callable[[], Iterator[memoryview]]:
@@ -145,9 +158,9 @@ def _split(items: Sequence[_Item], max_shard_bytes: int) -> list[list[_Item]]:
     return shards
 
 
-def _write_shards(directory: Path, items: Sequence[_Item], max_shard_bytes: int) -> None:
+def _write_shards(directory: Path, items: Sequence[_Item], max_shard_bytes: int, *, numbered: bool = False) -> None:
     shards = _split(items, max_shard_bytes)
-    if len(shards) == 1:
+    if len(shards) == 1 and not numbered:
         _write(directory / SINGLE, shards[0], _METADATA)
         return
     weight_map: dict[str, str] = {}

@@ -16,6 +16,7 @@ from vlaquant.calibrate.units import Stage
 from vlaquant.checkpoint import TensorFiles
 from vlaquant.engine.fingerprint import digest
 from vlaquant.engine.log import RunLog
+from vlaquant.engine.masking import Masks, layer_masks
 from vlaquant.engine.processes import ALONE, Processes
 from vlaquant.engine.stage import (
     StageResult,
@@ -31,7 +32,7 @@ from vlaquant.engine.stage import (
 from vlaquant.engine.weights import WeightsOnDemand
 from vlaquant.engine.work import WorkDirectory
 from vlaquant.errors import VlaquantError
-from vlaquant.families import Family, find_folds
+from vlaquant.families import Family, find_folds, refused_folds
 from vlaquant.linear import QuantLinear, empty_linear
 from vlaquant.passes.layer import LayerRecord, Work, quantize_layers, solve_groups
 from vlaquant.passes.transform import TransformRecord
@@ -46,6 +47,7 @@ class Data:
     Attributes:
         runner: runs one sample up to a stage.
         samples: all of them, the same in every process.
+        masks: of those that this process takes.
         stored: units that answer from stored outputs once they are finished.
         once: layers that run exactly once a sample, in order.
         shared: sets of layers that read the very same tensors.
@@ -54,6 +56,7 @@ class Data:
 
     runner: StageRunner
     samples: Sequence[Any]
+    masks: Masks
     stored: frozenset[str]
     once: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
@@ -116,6 +119,9 @@ class StageLoop:
         """
         begin = self._resume()
         self._log.begin(len(self._stages), done=begin)
+        if self._recipe.transforms:
+            for source, reason in refused_folds(self._model, self._family.folds).items():
+                self._log.say(f"{source}: no scale can be folded: {reason}")
         for index in range(begin, len(self._stages)):
             stage = self._stages[index]
             started = time.perf_counter()
@@ -131,24 +137,27 @@ class StageLoop:
 
     def _quantize(self, index: int, stage: Stage) -> StageResult:
         layers = {name: self._plan[name] for name in stage.linears if name in self._plan}
-        stats, before = self._observe(index, stage, layers)
+        stats = self._observe(index, stage, layers)
         if not layers:
             return StageResult({}, (), ())
         works = working_copies(self._model, layers, stats, wide=bool(self._recipe.transforms))
         del stats
         transforms: tuple[TransformRecord, ...] = ()
         if self._data is not None and self._recipe.transforms:
-            folds = eligible_folds(self._model, self._folds, works, self._data.shared)
+            folds = eligible_folds(self._model, self._folds, works, self._data.shared, stage.unit)
             transforms = transform_stage_(
                 self._model,
-                self._family,
                 folds,
                 works,
                 self._recipe,
-                before=before,
-                output=lambda: self._run(index, self._positions[0], store=False),
+                unit=stage.unit,
+                look=lambda: self._look(index),
+                processes=self._processes,
             )
             self._require_agreement(stage, transforms)
+            for record in transforms:
+                if record.reverted is not None:
+                    self._log.say(f"{record.source}: the {record.kind} scale is taken back: it {record.reverted}")
         packed, records = self._solve(works)
         return StageResult(packed, tuple(records[name] for name in layers), transforms)
 
@@ -197,29 +206,25 @@ class StageLoop:
         self._log_layers(done)
         return packed, done
 
-    def _observe(
-        self, index: int, stage: Stage, layers: dict[str, LayerPlan]
-    ) -> tuple[dict[str, ActStats], Tensor | None]:
-        """Run all samples through the float stage: statistics of its live layers, and what the first sample gave."""
+    def _observe(self, index: int, stage: Stage, layers: dict[str, LayerPlan]) -> dict[str, ActStats]:
+        """Run all samples through the float stage: statistics of its live layers."""
         live = [name for name, layer in layers.items() if not layer.dead]
         if self._data is None or not live:
-            return {}, None
+            return {}
         keep = not self._quantized
-        # Nobody asks what the last layer computes, but for the first sample, with which transforms are checked
+        # Nobody asks what the last layer computes
         in_order = [name for name in self._data.once if name in live]
         last = in_order[-1] if len(in_order) == len(live) and not keep else None
-        first: Tensor | None = None
         with observe(self._model, live, hessian_for=live, seed=self._recipe.seed) as observation:
             for position in self._positions:
-                observation.begin_sample(index=position)
-                checked = position == self._positions[0] and bool(self._recipe.transforms)
-                output = self._run(index, position, store=keep, before=None if checked else last)
-                first = output if checked else first
+                masks = layer_masks(self._family, self._data.masks.get(position, {}), live)
+                observation.begin_sample(masks, index=position)
+                output = self._run(index, position, store=keep, before=last)
                 self._log.doing(f"{stage.unit}: observing", self._tokens(output))
         device = self._model.get_parameter(f"{live[0]}.weight").device
         seen = self._processes.merge(live, observation.running(), device)
         observation.check(self._data.min_tokens, seen=seen)
-        return final_stats(seen), first
+        return final_stats(seen)
 
     def _hand_on(self, index: int, stage: Stage, result: StageResult) -> None:
         """Let later stages see this one, quantized or as it was, and put it where it survives."""
@@ -254,6 +259,12 @@ class StageLoop:
         with torch.inference_mode():
             output = self._data.runner.run(index, position, self._data.samples[position], store=store, before=before)
         return output if isinstance(output, Tensor) else None
+
+    def _look(self, index: int) -> dict[str, Tensor]:
+        """What a stage computes for the first sample."""
+        assert self._data is not None
+        with torch.inference_mode():
+            return self._data.runner.outputs(index, self._positions[0], self._data.samples[self._positions[0]])
 
     def _commit(self, index: int, stage: Stage, result: StageResult) -> None:
         assert self._work is not None

@@ -13,8 +13,9 @@ from vlaquant.checkpoint import TensorFiles, check_source, weight_files
 from vlaquant.engine.weights import WeightsOnDemand, names_differ
 from vlaquant.errors import CalibrationError, CheckpointError
 from vlaquant.families import Family, family_of_config, family_of_model
-from vlaquant.families.causal_lm import text_samples
-from vlaquant.recipe import Recipe, Text
+from vlaquant.families.data import load_jsonl, load_lerobot, load_observations
+from vlaquant.families.hf_samples import text_samples
+from vlaquant.recipe import JsonLines, LeRobot, Recipe, Text
 
 #: Takes one sample through the model.
 Run = Callable[[nn.Module, Any], object]
@@ -60,6 +61,9 @@ def open_model(model_or_path: nn.Module | str | Path, recipe: Recipe, *, stream:
     if stream:
         files = TensorFiles.open(weight_files(directory))
         model = family.build(directory)
+        if family.live_names is not None:
+            files.rename_(family.live_names(model, files.names()))
+        files.add_(family.converted(directory).tensors(), directory)
         trouble = names_differ(model, files)
         if trouble is None:
             return Opened(model, family, directory, files, "weights are read when their turn comes")
@@ -93,16 +97,36 @@ def recipe_samples(recipe: Recipe, opened: Opened) -> Sequence[Any]:
     """The samples that a recipe's ``calibration`` section names.
 
     Raises:
-        CalibrationError: none there, or of a kind that this family cannot run.
+        CalibrationError: none there, or text for a family that reads none.
     """
     section, family = recipe.calibration, opened.family
     assert section is not None
     if isinstance(section, Text):
-        if family.name != "causal_lm" or opened.directory is None:
+        if family.name != "hf" or opened.directory is None:
             raise CalibrationError(
                 f"calibration of kind text is for language models in a directory, not for {family.name}"
             )
         return text_samples(opened.directory, section.path, section.samples, section.sequence_length)
-    if family.episode_samples is None:
-        raise CalibrationError(f"calibration of kind episodes is for policies, and family {family.name} is none")
-    return family.episode_samples(section.path, section.split, section.samples, section.unnorm_key)
+    match section:
+        case JsonLines():
+            return load_jsonl(section.path, section.samples, seed=recipe.seed, unnorm_key=section.unnorm_key)
+        case LeRobot():
+            return load_lerobot(
+                section.path,
+                section.samples,
+                seed=recipe.seed,
+                cameras=section.cameras,
+                state=section.state,
+                action=section.action,
+                chunk=section.chunk,
+                unnorm_key=section.unnorm_key,
+            )
+    return load_observations(
+        section.path,
+        section.split,
+        section.samples,
+        section.unnorm_key,
+        cameras=section.cameras,
+        state=section.state,
+        action=section.action,
+    )

@@ -109,6 +109,8 @@ def predict(
         )
         for stage in stages
     }
+    # Codes, once as such and once packed, beside what is in memory anyway
+    needs |= {table.name: table.bytes_before + 2 * table.bytes_after for table in plan.replaced_tables.values()}
     largest = max(needs, key=lambda unit: needs[unit])
     outside = sum(sizes.values()) - sum(units.values())
     loaded = outside if streamed else sum(sizes.values()) + plan.bytes_after

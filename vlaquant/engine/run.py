@@ -22,14 +22,16 @@ from vlaquant.checkpoint import TensorFiles, source_identity
 from vlaquant.engine.fingerprint import fingerprint, first_difference, package_versions
 from vlaquant.engine.log import RunLog
 from vlaquant.engine.loop import Data, StageLoop
+from vlaquant.engine.masking import Masks, sample_masks
 from vlaquant.engine.opening import Run, bring_weights, open_model, recipe_samples
 from vlaquant.engine.prediction import Prediction, available_memory, predict, require_room, resident_memory
 from vlaquant.engine.processes import ALONE, Processes
 from vlaquant.engine.stage import put_tensor_
-from vlaquant.engine.work import LOG, Finished, WorkDirectory
+from vlaquant.engine.tables import pack_tables_
+from vlaquant.engine.work import LOG, Finished, WorkDirectory, write_finished
 from vlaquant.errors import CalibrationError, ExportError
 from vlaquant.families import Inputs
-from vlaquant.linear import replace_module_
+from vlaquant.linear import Table, replace_module_
 from vlaquant.plan import Plan, with_dead, without
 from vlaquant.recipe import Recipe, needs_calibration
 
@@ -65,6 +67,7 @@ class Probed:
     Attributes:
         run: takes a sample through the model.
         samples: all of them.
+        masks: of those that this process takes.
         flow: what the probe run found about units.
         once: layers that run exactly once a sample, in order.
         shared: sets of layers that read the very same tensors.
@@ -74,6 +77,7 @@ class Probed:
 
     run: Run
     samples: Sequence[Any]
+    masks: Masks
     flow: Flow
     once: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
@@ -103,7 +107,7 @@ class QuantizationRun:
         processes: Processes = ALONE,
     ) -> None:
         self._processes = processes
-        device = processes.device(options.device)
+        self._device = processes.device(options.device)
         self.opened = open_model(model_or_path, recipe, stream=output is not None)
         self.identity: dict[str, Any] = {}
         self.inputs: Inputs | None = None
@@ -113,7 +117,8 @@ class QuantizationRun:
         self._show = show and processes.main
         self._units = find_units(self.opened.model)
         keep = recipe.calibration is not None or bool(needs_calibration(recipe))
-        self._weights = bring_weights(self.opened, self._units, device, keep=keep)
+        self._weights = bring_weights(self.opened, self._units, self._device, keep=keep)
+        self._tables: dict[str, Table] = {}
         self._work: WorkDirectory | None = None
         self._log: RunLog | None = None
         self._stack = ExitStack()
@@ -165,7 +170,9 @@ class QuantizationRun:
             raise CalibrationError(
                 f"{len(samples)} samples for {self._processes.size} processes; give each at least one, or start fewer"
             )
+        masks: Masks = {}
         if run is None:
+            masks = sample_masks(model, family, samples, self._processes)
             with blamed_on(0):
                 self.inputs = family.inputs(model, samples[0])
                 family.check(model, self.inputs)
@@ -180,7 +187,7 @@ class QuantizationRun:
         section = self._recipe.calibration
         tokens = _MIN_TOKENS if section is None else section.min_tokens
         once = tuple(name for name in found.order if found.calls[name] == 1)
-        return Probed(run_sample, samples, found.flow, once, found.shared, tokens, seconds), plan
+        return Probed(run_sample, samples, masks, found.flow, once, found.shared, tokens, seconds), plan
 
     def _predict(self, plan: Plan, data: Probed | None) -> Prediction:
         """What the stages will need; refuses what cannot fit. Activations beyond the memory go to the disk."""
@@ -231,6 +238,7 @@ class QuantizationRun:
         self._log.say(self.opened.note)
         several = f"each of {self._processes.size} processes " if self._processes.size > 1 else ""
         self._log.say(f"{several}{prediction}")
+        self._tables = pack_tables_(self.opened.model, plan, weights=self._weights, device=self._device)
         stages = self._units if data is None else data.flow.stages
         if data is None:
             stages = tuple(stage for stage in stages if any(name in plan.quantized for name in stage.linears))
@@ -259,7 +267,7 @@ class QuantizationRun:
                 # Units run again for every sample of every stage
                 self._weights.budget = max(self._weights.budget, min(_KEPT_WEIGHTS, self._limit() - prediction.memory))
         stored = data.flow.replayable if self._options.mode == "replay" else frozenset()
-        return Data(runner, data.samples, stored, data.once, data.shared, data.min_tokens)
+        return Data(runner, data.samples, data.masks, stored, data.once, data.shared, data.min_tokens)
 
     def _identify(self, plan: Plan, data: Probed | None) -> dict[str, Any]:
         assert self.opened.directory is not None
@@ -270,7 +278,10 @@ class QuantizationRun:
             content = fingerprint(data.samples) or never
             samples = {"count": len(data.samples), "sha256": content}
         recipe = {key: value for key, value in self._recipe.resolved().items() if key not in {"model", "output"}}
-        source = source_identity(self.opened.directory) if self._processes.main else None
+        source = None
+        if self._processes.main:
+            converted = self.opened.family.converted(self.opened.directory).files
+            source = source_identity(self.opened.directory, also=[file.name for file in converted])
         identity = {
             "source_sha256": self._processes.from_main(source),
             "recipe": recipe,
@@ -297,12 +308,16 @@ class QuantizationRun:
     def source_sha256(self) -> dict[str, str]:
         """Sums of the source's weight files."""
         sums = self.identity["source_sha256"]
-        return {name: value for name, value in sums.items() if name.endswith(".safetensors")}
+        return {name: value for name, value in sums.items() if not name.endswith(".json")}
 
     def finished(self) -> list[Finished]:
-        """The quantized units that lie in the work directory."""
+        """The quantized units that lie in the work directory, and the embeddings and banks."""
         assert self._work is not None
         found = []
+        if self._tables:
+            tensors = {f"{n}.{leaf}": t for n, table in self._tables.items() for leaf, t in table.state_dict().items()}
+            found.append(write_finished(self._work.path / "tables.safetensors", tensors))
+            self._stack.callback(found[0].files.close)
         for index, record in enumerate(self._work.records):
             if record["packed"]:
                 files = self._stack.enter_context(TensorFiles.open([self._work.stage_file(index)]))

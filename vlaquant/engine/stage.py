@@ -1,25 +1,25 @@
 """One stage: working copies, transforms, codes, and what stands in for the layers while later stages are calibrated."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from vlaquant.calibrate import ActStats
 from vlaquant.calibrate.units import Stage
-from vlaquant.errors import CalibrationError
-from vlaquant.families import Family, FoldGroup
+from vlaquant.engine.fold_check import FoldCheck, Original, show_
+from vlaquant.engine.processes import Processes
+from vlaquant.families import FoldGroup
+from vlaquant.families.folds import obstacle
 from vlaquant.linear import QuantLinear, W8A8Linear, from_quantized, replace_module_
 from vlaquant.numerics import QuantizedWeight
 from vlaquant.passes.layer import LayerRecord, Work, static_input
-from vlaquant.passes.transform import TransformRecord, transform_group_
+from vlaquant.passes.transform import TransformRecord, suits, transform_group_
 from vlaquant.plan import LayerPlan
-from vlaquant.recipe import Recipe
-
-#: Largest relative change of a unit's output that exact folds may cause, by rounding in the parameters' dtype.
-_FOLD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+from vlaquant.recipe import Recipe, Transform
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,72 +57,119 @@ def working_copies(
 
 
 def eligible_folds(
-    model: nn.Module, folds: Sequence[FoldGroup], works: Mapping[str, Work], shared: Sequence[tuple[str, ...]]
+    model: nn.Module,
+    folds: Sequence[FoldGroup],
+    works: Mapping[str, Work],
+    shared: Sequence[tuple[str, ...]],
+    unit: str,
 ) -> list[FoldGroup]:
-    """Folds whose targets are all of this stage and have data, and whose source nothing else reads."""
-    return [fold for fold in folds if _eligible(model, fold, works, shared)]
+    """Folds within ``unit`` of which a quantized layer with data gains, and whose source only the targets read."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return [
+        fold
+        for fold in folds
+        if all(name.startswith(f"{unit}.") for name in (fold.source, *fold.targets))
+        and obstacle(model, fold) is None
+        and _eligible(fold, works, shared)
+        and all(
+            uses[id(parameter)] == 1
+            for name in (fold.source, *fold.targets)
+            for parameter in model.get_submodule(name).parameters()
+        )
+    ]
 
 
-def _eligible(model: nn.Module, fold: FoldGroup, works: Mapping[str, Work], shared: Sequence[tuple[str, ...]]) -> bool:
-    readers = next((set(names) for names in shared if fold.targets[0] in names), {fold.targets[0]})
-    if readers != set(fold.targets):
-        return False
-    if any(name not in works or works[name].stats is None for name in fold.targets):
-        return False
-    return fold.source in works or not isinstance(model.get_submodule(fold.source), nn.Linear)
+def _eligible(fold: FoldGroup, works: Mapping[str, Work], shared: Sequence[tuple[str, ...]]) -> bool:
+    quantized = [name for name in fold.targets if name in works]
+    if fold.gamma is not None:
+        quantized = [name for name in (fold.source,) if name in works]
+    else:
+        readers = next((set(names) for names in shared if fold.targets[0] in names), {fold.targets[0]})
+        if readers != set(fold.targets):
+            return False
+    return bool(quantized) and all(works[name].stats is not None for name in quantized)
 
 
 def transform_stage_(
     model: nn.Module,
-    family: Family,
     folds: Sequence[FoldGroup],
-    works: dict[str, Work],
+    works: Mapping[str, Work],
     recipe: Recipe,
     *,
-    before: Tensor | None,
-    output: Callable[[], Tensor | None],
+    unit: str,
+    look: Callable[[], dict[str, Tensor]],
+    processes: Processes,
 ) -> tuple[TransformRecord, ...]:
     """Apply the recipe's transforms, in order, to the folds of a stage; the working weights are put into the model.
 
+    What the stage computes for one sample is compared with before, see :mod:`vlaquant.engine.fold_check`. A fold that
+    changes it is undone, bit for bit, and its record says so.
+
     Args:
         model: holds the float stage.
-        family: named in the error.
         folds: eligible ones.
         works: changed.
         recipe: says which transforms.
-        before: what the stage gave for a sample, float; None if that is not known.
-        output: gives it anew.
-
-    Raises:
-        CalibrationError: the stage's output changed, so the family's table of folds is wrong for this model.
+        unit: of the stage.
+        look: gives what the stage computes; called in the main process only.
+        processes: that do the same; the main one decides.
     """
-    records = tuple(
-        transform_group_(model, fold, works, transform) for transform in recipe.transforms for fold in folds
+    pairs = [(transform, fold) for transform in recipe.transforms for fold in folds if suits(transform, fold)]
+    if not pairs:
+        return ()
+    check = FoldCheck(model.get_submodule(unit), look) if processes.main else None
+    tried = list(dict.fromkeys(fold for _, fold in pairs))
+    found = processes.from_main(check.wrong_places(model, tried) if check else None)
+    wrong = {fold: why for fold, why in zip(tried, found, strict=True) if why is not None}
+    original = Original(model, tried, works)
+    records = [
+        _refused(transform, fold, wrong[fold]) if fold in wrong else transform_group_(model, fold, works, transform)
+        for transform, fold in pairs
+    ]
+    changed = [fold for (_, fold), record in zip(pairs, records, strict=True) if record.kept]
+    for fold in changed:
+        show_(model, fold, works)
+    # All together first: nearly always that is enough
+    sources = {fold.source for fold in changed}
+    if processes.from_main(check.objection(sources) if check and changed else None) is None:
+        return tuple(records)
+    original.put_back_()
+    return _one_by_one(model, pairs, works, wrong, check, processes)
+
+
+def _refused(transform: Transform, fold: FoldGroup, reason: str) -> TransformRecord:
+    return TransformRecord(
+        transform.kind, fold.source, fold.targets, None, None, kept=False, strength=0.0, reverted=reason
     )
-    if not any(record.kept for record in records):
-        return records
-    for name, work in works.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        linear.weight = nn.Parameter(work.weight.to(work.scale_dtype), requires_grad=False)
-        if work.bias is not None:
-            linear.bias = nn.Parameter(work.bias.to(work.scale_dtype), requires_grad=False)
-    after = output()
-    if before is not None and after is not None:
-        _require_same(before, after, family, works)
-    return records
 
 
-def _require_same(before: Tensor, after: Tensor, family: Family, works: Mapping[str, Work]) -> None:
-    before, after = before.to(torch.float32), after.to(torch.float32)
-    change = float((after - before).norm() / before.norm())
-    tolerance = max(_FOLD_TOLERANCE[work.scale_dtype] for work in works.values())
-    if not change <= tolerance:
-        raise CalibrationError(
-            f"scaling norms and Linears of {', '.join(list(works)[:3])} … changed what they compute by {change:.2%} "
-            f"(rounding: {tolerance:.0%}), so the folds of family {family.name} do not fit this model. Run without "
-            "transforms, and please report it"
-        )
+def _one_by_one(
+    model: nn.Module,
+    pairs: Sequence[tuple[Transform, FoldGroup]],
+    works: Mapping[str, Work],
+    wrong: Mapping[FoldGroup, str],
+    check: FoldCheck | None,
+    processes: Processes,
+) -> tuple[TransformRecord, ...]:
+    """Apply transforms and undo each that changes what the stage computes, beyond what rounding does in it."""
+    noise = check.noise(Original(model, [fold for _, fold in pairs], {}).modules) if check else None
+    records, sources = [], set[str]()
+    for transform, fold in pairs:
+        if fold in wrong:
+            records.append(_refused(transform, fold, wrong[fold]))
+            continue
+        original = Original(model, [fold], works, fresh=False)
+        record = transform_group_(model, fold, works, transform)
+        show_(model, fold, works)
+        found = check.objection({*sources, fold.source}, noise) if check and record.kept else None
+        objection = processes.from_main(found)
+        if objection is not None:
+            original.put_back_()
+            record = replace(record, kept=False, reverted=objection)
+        elif record.kept:
+            sources.add(fold.source)
+        records.append(record)
+    return tuple(records)
 
 
 def pack(works: Mapping[str, Work], weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantLinear]:

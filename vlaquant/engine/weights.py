@@ -29,6 +29,9 @@ def names_differ(model: nn.Module, files: TensorFiles) -> str | None:
     wrong = [name for name in files.names() if files[name].shape != tuple(wanted[name].shape)]
     if wrong:
         return f"{wrong[0]} has the shape {files[wrong[0]].shape} in the files, {tuple(wanted[wrong[0]].shape)} wanted"
+    cast = [name for name in files.names() if files[name].dtype != wanted[name].dtype]
+    if cast:
+        return f"{cast[0]} is {files[cast[0]].dtype} in the files, {wanted[cast[0]].dtype} wanted"
     return None
 
 
@@ -78,6 +81,7 @@ class WeightsOnDemand:
     ) -> None:
         self.dormant: Callable[[str], bool] = lambda unit: False
         self._model = model
+        self._source = source
         self.budget = budget
         self._device = device
         self._empty = model.state_dict(keep_vars=True)
@@ -126,6 +130,20 @@ class WeightsOnDemand:
                 return
             if old != needed and not self._units[old].held:
                 self._release_(old)
+
+    def take_(self, module: str) -> dict[str, Tensor]:
+        """The float tensors of a module of its own that something else takes the place of; they do not come back."""
+        names = [name for name in self._empty if name.rpartition(".")[0] == module]
+        taken = {}
+        for name in names:
+            file_name = self._file_name(name, self._source)
+            tensor = self._source.read(file_name)
+            require_finite(name, tensor, self._source[file_name].file.parent)
+            taken[name.rpartition(".")[2]] = tensor.to(self._empty[name].dtype)
+        gone = {id(self._empty[name]) for name in names}
+        for unit in self._units.values():
+            unit.names = tuple(name for name in unit.names if id(self._empty[name]) not in gone)
+        return taken
 
     def finish_(self, unit: str, files: TensorFiles, packed: Mapping[str, Scheme]) -> None:
         """From now on the unit's weights come from ``files``, in which the layers ``packed`` are quantized."""

@@ -29,7 +29,7 @@ from vlaquant.checkpoint import (
     write_tensor_file,
 )
 from vlaquant.checkpoint.json_files import read_json
-from vlaquant.engine.fingerprint import fingerprint, first_difference
+from vlaquant.engine.fingerprint import digest, fingerprint, first_difference
 from vlaquant.engine.processes import ALONE, Processes
 from vlaquant.errors import CheckpointError, ExportError
 
@@ -48,6 +48,19 @@ class Finished:
 
     files: TensorFiles
     digests: dict[str, str]
+
+
+def write_finished(path: Path, tensors: Mapping[str, Tensor]) -> Finished:
+    """Write tensors that belong to no stage, and open them.
+
+    Raises:
+        ExportError: the disk is full.
+    """
+    try:
+        write_tensor_file(path, tensors)
+    except OSError as error:
+        raise ExportError(f"{path}: could not be written: {error}; make room and go on with --resume") from error
+    return Finished(TensorFiles.open([path]), {name: digest(tensor) for name, tensor in tensors.items()})
 
 
 def work_path(output: Path) -> Path:
@@ -85,7 +98,7 @@ def finished_run(
     )
     if not same or (samples is not None and (run["samples"] or {}).get("sha256") != fingerprint(samples)):
         return None
-    if source_identity(Path(source)) != run["source_sha256"]:
+    if source_identity(Path(source), also=run["source_sha256"]) != run["source_sha256"]:
         return None
     shutil.rmtree(work_path(output), ignore_errors=True)
     return manifest

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vlaquant.errors import EvaluationError
 from vlaquant.evaluate.statistics import percentiles_ms
-from vlaquant.families.openvla import Observation
+from vlaquant.families.observation import Observation
 from vlaquant.models.openvla import OpenVLAForActionPrediction, action_statistics, unnormalize
 
 _WARM_UP_ACTIONS = 3
@@ -71,6 +71,10 @@ def compare(
     """
     if not observations:
         raise EvaluationError("no observations to compare the policies on")
+    demonstrated = [observation.action for observation in observations if observation.action is not None]
+    missing = len(observations) - len(demonstrated)
+    if missing:
+        raise EvaluationError(f"{missing} of {len(observations)} observations hold no action to compare with")
     _check_same_actions(candidate, reference)
     for _ in range(_WARM_UP_ACTIONS):
         _ask(candidate, observations[0]), _ask(reference, observations[0])
@@ -80,9 +84,7 @@ def compare(
         answers["reference"].append(_ask(reference, observation))
     stats = action_statistics(reference.config.norm_stats, observations[0].unnorm_key)
     predictions = {who: _predictions(reference, stats, pairs) for who, pairs in answers.items()}
-    error = action_error(
-        predictions["candidate"], predictions["reference"], np.stack([o.action for o in observations]), reference
-    )
+    error = action_error(predictions["candidate"], predictions["reference"], np.stack(demonstrated), reference)
     latency: dict[str, Any] = {who: percentiles_ms(prediction.seconds) for who, prediction in predictions.items()}
     latency["ratio"] = latency["reference"]["p50_ms"] / latency["candidate"]["p50_ms"]
     return error, latency
@@ -111,7 +113,7 @@ def action_error(
 
 
 def _ask(model: OpenVLAForActionPrediction, observation: Observation) -> tuple[NDArray[np.int64], float]:
-    dimension = len(action_statistics(model.config.norm_stats, observation.unnorm_key)["q01"])
+    dimension = len(action_statistics(model.config.norm_stats, observation.unnorm_key)["low"])
     started = perf_counter()
     input_ids, pixel_values = model.encode(observation.image, observation.instruction)
     tokens = model.predict_tokens(input_ids, pixel_values, count=dimension * model.config.action_chunk)
@@ -126,7 +128,7 @@ def _predictions(
     answers: list[tuple[NDArray[np.int64], float]],
 ) -> Predictions:
     tokens = np.stack([tokens for tokens, _ in answers])
-    normalized = model.action_tokens.decode(tokens).reshape(len(tokens), -1, len(stats["q01"]))
+    normalized = model.action_tokens.decode(tokens).reshape(len(tokens), -1, len(stats["low"]))
     return Predictions(tokens, unnormalize(normalized, stats), [seconds for _, seconds in answers])
 
 

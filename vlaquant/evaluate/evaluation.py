@@ -16,8 +16,8 @@ from vlaquant.evaluate.language import compare_text
 from vlaquant.evaluate.metaworld import why_not
 from vlaquant.evaluate.rollouts import default_workers, outcomes_of, plan_jobs, run_jobs, summarize
 from vlaquant.export import load
-from vlaquant.families.causal_lm import text_samples
-from vlaquant.families.openvla import load_observations
+from vlaquant.families.data import load_observations
+from vlaquant.families.hf_samples import text_samples
 from vlaquant.linear import W4A16Linear, W8A8Linear
 from vlaquant.models.openvla import OpenVLAForActionPrediction
 from vlaquant.plan import format_table

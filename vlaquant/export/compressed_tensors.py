@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlaquant.linear import W4A16Linear, W8A8Linear
+from vlaquant.linear import QuantEmbedding, W4A16Linear, W8A8Linear
 from vlaquant.scheme import Granularity, QuantSpec, Scheme
 
 #: The version of the format that is written, as its own tools name it.
@@ -18,32 +18,42 @@ _FORMAT_VERSION = "0.20.0"
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Scheme]:
-    """Live module name -> scheme, for every packed layer."""
-    kinds = (W4A16Linear, W8A8Linear)
+    """Live module name -> scheme, for every packed layer that the format knows: Linears and embeddings.
+
+    It has no words for banks (``linear.category``), which are in our manifest only.
+    """
+    kinds = (W4A16Linear, W8A8Linear, QuantEmbedding)
     return {name: module.scheme for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def format_of(scheme: Scheme) -> str:
-    """The format that stores this scheme."""
+    """The format that stores a Linear of this scheme."""
     return "pack-quantized" if scheme.activation is None else "int-quantized"
 
 
 def to_quantization_config(model: nn.Module) -> dict[str, Any]:
-    """``quantization_config`` for ``config.json``: one group a scheme."""
-    layers = quantized_layers(model)
-    everything = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or name in layers]
-    schemes = list(dict.fromkeys(layers.values()))
+    """``quantization_config`` for ``config.json``: one group a scheme and format."""
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, QuantEmbedding)}
+    layers = {
+        name: (scheme, "int-quantized" if name in embeddings else format_of(scheme))
+        for name, scheme in quantized_layers(model).items()
+    }
+    float_kinds = (nn.Linear, nn.Embedding)
+    everything = [name for name, module in model.named_modules() if isinstance(module, float_kinds) or name in layers]
+    # Widest first: transformers' `dequantize=True` reads all layers by the first group's scheme. Codes of fewer bits do
+    # not fit into that, which is an error; those of more bits would become wrong weights without a word
+    kinds = sorted(dict.fromkeys(layers.values()), key=lambda kind: -kind[0].weight.bits)
     groups = {}
-    for number, scheme in enumerate(schemes):
-        mine = {name for name, other in layers.items() if other == scheme}
+    for number, (scheme, stored) in enumerate(kinds):
+        mine = {name for name, other in layers.items() if other == (scheme, stored)}
         groups[f"group_{number}"] = {
             "targets": target_patterns(mine, everything),
-            "format": format_of(scheme),
+            "format": stored,
             "weights": _arguments(scheme.weight),
             "input_activations": None if scheme.activation is None else _arguments(scheme.activation),
             "output_activations": None,
         }
-    formats = {format_of(scheme) for scheme in schemes}
+    formats = {stored for _, stored in kinds}
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -85,7 +95,7 @@ def _arguments(spec: QuantSpec) -> dict[str, Any]:
 
 
 def from_quantization_config(config: Mapping[str, Any], names: list[str]) -> dict[str, Scheme]:
-    """Inverse of :func:`to_quantization_config` for a model with these Linears: name -> scheme."""
+    """Inverse of :func:`to_quantization_config` for a model with these modules: name -> scheme."""
     layers: dict[str, Scheme] = {}
     for key, group in config["config_groups"].items():
         activation = group["input_activations"]

@@ -1,9 +1,10 @@
-"""The fresh process of verification: ``python -m vlaquant.export.fresh DIRECTORY INPUTS REPORT THREADS``.
+"""The fresh process of verification: ``python -m vlaquant.export.fresh DIRECTORY INPUTS REPORT THREADS MODULE``.
 
 Loads a directory, and writes the digest of every tensor (JSON) and the model's output for the stored inputs. With "-"
-in the place of the inputs it never holds the model, and writes digests only.
+in the place of the inputs it never holds the model, and writes digests only. MODULE is where the family is defined.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -17,13 +18,14 @@ from vlaquant.engine.fingerprint import digest
 from vlaquant.errors import CheckpointError
 from vlaquant.export.compressed_tensors import file_tensors
 from vlaquant.export.loading import load_packed, packed_skeleton
-from vlaquant.families import FAMILIES
+from vlaquant.families import family_called
 
 
 def main() -> None:
     """Run with the arguments of the command line."""
     directory, inputs_file, report_file = (Path(argument) for argument in sys.argv[1:4])
     torch.set_num_threads(int(sys.argv[4]))
+    importlib.import_module(sys.argv[5])  # registers a family that is not one of ours
     manifest = read_manifest(directory, unfinished=True)
     if sys.argv[2] == "-":
         report_file.with_suffix(".json").write_text(json.dumps(_digests(directory, manifest)), encoding="utf-8")
@@ -32,7 +34,7 @@ def main() -> None:
     digests = {name: digest(tensor) for name, tensor in file_tensors(model).items()}
     report_file.with_suffix(".json").write_text(json.dumps(digests), encoding="utf-8")
     with torch.inference_mode():
-        output = FAMILIES[manifest["plan"]["family"]].run(model, load_file(inputs_file))
+        output = family_called(manifest["plan"]["family"]).run(model, load_file(inputs_file))
     save_file({"output": output.contiguous()}, report_file)
 
 

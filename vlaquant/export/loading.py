@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from vlaquant.checkpoint import check_source, read_config, read_manifest, read_tensors, weight_files
+from vlaquant.engine.stage import put_tensor_
 from vlaquant.errors import CheckpointError
-from vlaquant.families import FAMILIES, family_of_config
-from vlaquant.linear import empty_linear, replace_module_
-from vlaquant.plan import plan_from_dict
+from vlaquant.families import family_called, family_of_config
+from vlaquant.linear import empty_linear, empty_table, replace_module_, replace_table_, table_kind
+from vlaquant.plan import TablePlan, plan_from_dict
 
 
 def load(directory: str | Path, *, model: nn.Module | None = None) -> nn.Module:
@@ -46,7 +47,7 @@ def packed_skeleton(directory: Path, manifest: dict[str, Any], *, model: nn.Modu
     """
     plan = plan_from_dict(manifest["plan"])
     if model is None:
-        model = FAMILIES[plan.family].build(directory)
+        model = family_called(plan.family).build(directory)
     modules = dict(model.named_modules())
     for name, layer in plan.quantized.items():
         old = modules.get(name)
@@ -58,20 +59,36 @@ def packed_skeleton(directory: Path, manifest: dict[str, Any], *, model: nn.Modu
                 old.in_features, old.out_features, layer.scheme, bias=old.bias is not None, dtype=old.weight.dtype
             )
         replace_module_(model, name, new)
+    for table in plan.replaced_tables.values():
+        _replace_table_(model, modules.get(table.name), table)
     return model
+
+
+def _replace_table_(model: nn.Module, old: nn.Module | None, table: TablePlan) -> None:
+    kind = None if old is None else table_kind(old)
+    leaf = {"embedding": "weight", "bank": "W"}[table.kind]
+    if old is None or kind != table.kind or old.get_parameter(leaf).shape != table.shape:
+        raise CheckpointError(
+            f"{table.name}: the checkpoint holds a packed {table.kind} {table.shape}, the model has {old}"
+        )
+    replace_table_(model, table.name, empty_table(old, table.scheme, table.kept))
 
 
 def _fill_(model: nn.Module, directory: Path) -> None:
     """Give every tensor of the model its value from the file; nothing may be left over on either side."""
     tensors = dict(read_tensors(weight_files(directory)))
+    tied: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tied.setdefault(id(tensor), []).append(name)
     result = model.load_state_dict(tensors, strict=False, assign=True)
     if result.unexpected_keys:
         raise CheckpointError(
             f"{directory}: holds tensors that the model has not: {', '.join(result.unexpected_keys[:5])}"
         )
-    tie = getattr(model, "tie_weights", None)
-    if callable(tie):
-        tie()
+    filled = model.state_dict(keep_vars=True)
+    for names in tied.values():
+        for other in names[1:]:  # the file holds the first
+            put_tensor_(model, other, filled[names[0]])
     everything = [*model.named_parameters(), *model.named_buffers()]
     empty = [name for name, tensor in everything if tensor.is_meta]
     if empty:

@@ -26,7 +26,7 @@ from vlaquant.errors import ExportError
 from vlaquant.export.compressed_tensors import file_names, file_tensors, to_quantization_config
 from vlaquant.export.loading import load_packed, packed_skeleton
 from vlaquant.export.verify import compare_digests, verify, verify_tensors
-from vlaquant.families import Family, Inputs
+from vlaquant.families import Converted, Family, Inputs
 
 
 def write(
@@ -46,7 +46,7 @@ def write(
         output: the directory to make.
         manifest: what is known so far; checksums, sizes and the verification are added.
         source: the float checkpoint, whose side files are copied; None if the model came from memory.
-        family: loads and runs the directory in a fresh process; ``generic`` cannot, so only tensors are compared.
+        family: loads and runs the directory in a fresh process; ``module`` cannot, so only tensors are compared.
         inputs: of the run that is compared; None takes the family's made-up example.
         overwrite: replace what is there.
 
@@ -57,10 +57,13 @@ def write(
         ExportError: the output exists, the disk is full, or the directory does not read back as it was written.
     """
     with atomic_directory(output, overwrite=overwrite) as partial:
-        write_tensors(partial, file_tensors(model))
-        side = _write_side_files(model, partial, source)
-        config = _float_config(model, source) | {"quantization_config": to_quantization_config(model)}
-        return _complete(partial, manifest, config, side, source, lambda _: verify(model, partial, family, inputs))
+        converted = Converted() if source is None else family.converted(source)
+        write_tensors(partial, file_tensors(model), numbered=converted.numbered)
+        side = _write_side_files(model, partial, source, converted)
+        config = _float_config(model, source) | converted.config
+        config |= {"quantization_config": to_quantization_config(model)}
+        origin = _weights_of(source, converted)
+        return _complete(partial, manifest, config, side, origin, lambda _: verify(model, partial, family, inputs))
 
 
 def write_streamed(
@@ -93,25 +96,33 @@ def write_streamed(
         CheckpointError: the source changed, or a tensor that no stage looked at holds NaN or Inf.
     """
     with atomic_directory(output, overwrite=overwrite) as partial:
-        side = copy_side_files(source, partial)
-        write_json(partial / "config.json", read_config(source))
+        converted = family.converted(source)
+        side = copy_side_files(source, partial, converted.files)
+        write_json(partial / "config.json", read_config(source) | converted.config)
         skeleton = packed_skeleton(partial, manifest)
         places = {name: unit.files for unit in finished for name in unit.digests}
         names = file_names(skeleton)
-        join_tensor_files([(name, places.get(name, files), name) for name in names], partial)
+        join_tensor_files(
+            [(name, places.get(name, files), name) for name in names], partial, numbered=converted.numbered
+        )
         wanted = {name: value for unit in finished for name, value in unit.digests.items()}
         wanted |= {name: _checked_digest(name, files, source) for name in names if name not in wanted}
-        config = read_config(source) | {"quantization_config": to_quantization_config(skeleton)}
+        config = read_config(partial) | {"quantization_config": to_quantization_config(skeleton)}
 
         def check(unfinished: dict[str, Any]) -> dict[str, str | int]:
             if not fits:
-                return verify_tensors(partial, wanted)
+                return verify_tensors(partial, wanted, family)
             model = load_packed(partial, unfinished)
             found = {name: digest(tensor) for name, tensor in file_tensors(model).items()}
             compare_digests(partial, wanted, found)
             return verify(model, partial, family, inputs)
 
-        return _complete(partial, manifest, config, side, source, check)
+        return _complete(partial, manifest, config, side, _weights_of(source, converted), check)
+
+
+def _weights_of(source: Path | None, converted: Converted) -> list[Path] | None:
+    """The files that the output's weights came from; None if they came from memory."""
+    return None if source is None else [*weight_files(source), *(p for p in converted.files if p.suffix != ".json")]
 
 
 def _checked_digest(name: str, files: TensorFiles, source: Path) -> str:
@@ -126,13 +137,13 @@ def _complete(
     manifest: dict[str, Any],
     config: dict[str, Any],
     side: dict[str, str],
-    source: Path | None,
+    origin: list[Path] | None,
     check: Callable[[dict[str, Any]], dict[str, str | int]],
 ) -> dict[str, Any]:
     """Everything after the weights: config, manifest, verification."""
     write_json(partial / "config.json", config)
     if "source_sha256" not in manifest:
-        manifest["source_sha256"] = {} if source is None else {path.name: sha256(path) for path in weight_files(source)}
+        manifest["source_sha256"] = {path.name: sha256(path) for path in origin or ()}
     manifest = manifest | {
         "versions": package_versions(),
         "output_sha256": {path.name: sha256(path) for path in [*weight_files(partial), partial / "config.json"]},
@@ -143,16 +154,16 @@ def _complete(
     manifest["verification"] = check(manifest)
     manifest["bytes_on_disk"] = {
         "weights": sum(path.stat().st_size for path in weight_files(partial)),
-        "source_weights": None if source is None else sum(path.stat().st_size for path in weight_files(source)),
+        "source_weights": None if origin is None else sum(path.stat().st_size for path in origin),
     }
     manifest["complete"] = True
     write_json(partial / MANIFEST, manifest)
     return manifest
 
 
-def _write_side_files(model: nn.Module, target: Path, source: Path | None) -> dict[str, str]:
+def _write_side_files(model: nn.Module, target: Path, source: Path | None, converted: Converted) -> dict[str, str]:
     if source is not None:
-        return copy_side_files(source, target)
+        return copy_side_files(source, target, converted.files)
     for attribute in ("processor", "generation_config"):
         saver = getattr(getattr(model, attribute, None), "save_pretrained", None)
         if callable(saver):

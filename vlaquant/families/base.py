@@ -1,10 +1,9 @@
 """What vlaquant must know about a kind of model: names, and how to load and run it. No algorithm lives here."""
 
-import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,45 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from vlaquant.families.folds import Fold
+
 #: Tensors that go into the model once, by name; what verification stores to repeat a run in another process.
 Inputs = dict[str, Tensor]
+#: Bytes; that of torch's own allocations.
+_ALIGNMENT = 64
+
+
+def nothing_masked(model: Any, inputs: Inputs) -> dict[str, Tensor]:
+    """For families without padding and dummy cameras."""
+    return {}
+
+
+def no_tensors() -> dict[str, Tensor]:
+    """For directories that hold all of the model in safetensors files."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
-    r"""Where a scale per channel can hide: ``source``'s output is divided by s, the ``targets``' columns multiplied.
-
-    ``source`` and ``targets`` are templates in which ``{block}`` stands for what ``block`` matched.
+class Converted:
+    """What an output directory holds in another form than its source.
 
     Attributes:
-        block: regular expression for the full name of a block, such as ``model\.layers\.\d+``.
-        source: a norm, or a Linear whose rows are the targets' columns.
-        targets: every Linear that reads the source's output; a fold needs all of them.
-        absent: modules that must not exist in the block, where the same names mean something else.
-        present: modules that must exist in it.
+        config: fields that its config.json gets.
+        files: of the source that are not copied, since ``config`` and the weights hold what was in them.
+        tensors: reads the tensors of the model that the source holds in these files.
+        numbered: the weights are in numbered files even if one would do, so that a loader that knows one name only
+            does not find them.
     """
 
-    block: str
-    source: str
-    targets: tuple[str, ...]
-    absent: tuple[str, ...] = ()
-    present: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    tensors: Callable[[], dict[str, Tensor]] = no_tensors
+    numbered: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class FoldGroup:
-    """A fold found in a model: live module names."""
-
-    source: str
-    targets: tuple[str, ...]
+def nothing_converted(directory: Path) -> Converted:
+    """For families whose directories are safetensors, config and side files."""
+    return Converted()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,16 @@ class Family:
         run: (model, inputs) -> output tensor; the policy's real path.
         example: model -> inputs of a made-up sample, for comparing outputs where there is no data.
         check: (model, inputs) -> None; raises CalibrationError on a model that must not be calibrated.
-        episode_samples: (directory, split, count, dataset name) -> recorded observations; None where there are none.
+        keep_float: (regular expression for full names of Linears, why). A rule for a part leaves these as they are; a
+            rule with a pattern that matches one decides.
+        act: (model, inputs) -> the action [chunk, action dimension], float, as ``run`` would lead to it on the robot.
+            Noise that it needs is part of the inputs, so that two models act from the same one. None: it takes none.
+        token_masks: (model, inputs) -> {part: bool}, True for what counts; [b, t] for tokens, [b] for whole images.
+            Only parts with padding or dummy cameras are in it, and layers by name that read other tokens than their
+            part.
+        live_names: (model, names in a source's files) -> {name in a file: name in the model}, where they differ; None
+            where they never do.
+        converted: source directory -> what of it becomes something else in an output.
     """
 
     name: str
@@ -77,7 +93,15 @@ class Family:
     run: Callable[[Any, Inputs], Tensor]
     example: Callable[[Any], Inputs]
     check: Callable[[Any, Inputs], None]
-    episode_samples: Callable[[Path, str, int, str | None], Sequence[Any]] | None = None
+    keep_float: tuple[tuple[str, str], ...] = ()
+    act: Callable[[Any, Inputs], Tensor] | None = None
+    token_masks: Callable[[Any, Inputs], dict[str, Tensor]] = nothing_masked
+    live_names: Callable[[nn.Module, Sequence[str]], dict[str, str]] | None = None
+    converted: Callable[[Path], Converted] = nothing_converted
+
+    def why_float(self, module_name: str) -> str | None:
+        """Why a Linear stays as it is unless a rule names it; None if nothing speaks for that."""
+        return next((reason for pattern, reason in self.keep_float if re.fullmatch(pattern, module_name)), None)
 
     def part_of(self, module_name: str) -> str:
         """The part that a module belongs to; ``other`` if no pattern matches."""
@@ -99,56 +123,16 @@ def empty_weights(dtype: str | torch.dtype | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def find_folds(model: nn.Module, folds: Sequence[Fold]) -> list[FoldGroup]:
-    """Every place in ``model`` where a template fits: all modules exist and the widths agree.
+def ready(model: nn.Module) -> nn.Module:
+    """The loaded model in evaluation mode, each tensor in memory that torch aligned.
 
-    A pair of Linears fits only if the rows of the source are the columns of each target, which leaves out
-    ``v_proj → o_proj`` under grouped-query attention.
+    Loaders hand out views of a mapped file, which begin anywhere. Some matrix products take another path there, and
+    differ in the last bits from those of a model that is equal.
     """
-    modules = dict(model.named_modules())
-    found = []
-    for fold in folds:
-        for block in (name for name in modules if re.fullmatch(fold.block, name)):
-            group = FoldGroup(
-                source=fold.source.format(block=block),
-                targets=tuple(target.format(block=block) for target in fold.targets),
-            )
-            present = {name.format(block=block) for name in fold.present} | {group.source, *group.targets}
-            absent = {name.format(block=block) for name in fold.absent}
-            if present <= modules.keys() and not absent & modules.keys() and _fits(modules, group):
-                found.append(group)
-    return found
-
-
-def _fits(modules: dict[str, nn.Module], group: FoldGroup) -> bool:
-    source = modules[group.source]
-    targets = [modules[name] for name in group.targets]
-    if not all(type(target) is nn.Linear for target in targets):
-        return False
-    if type(source) is nn.Linear:
-        return all(source.out_features == target.in_features for target in targets)
-    weight = getattr(source, "weight", None)
-    return isinstance(weight, Tensor) and all(len(weight) == target.in_features for target in targets)
-
-
-@torch.no_grad()
-def norm_offset(norm: nn.Module) -> float:
-    """What a norm adds to its weight before multiplying: 1 for Gemma's RMSNorm, x̂·(1 + w), else 0.
-
-    Found by trying: at w = 0 the output is offset·x̂, at w = 1 it is (1 + offset)·x̂.
-    """
-    trial = copy.deepcopy(norm).float()
-    weight = trial.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(getattr(trial, "bias", None), Tensor):
-        nn.init.zeros_(trial.bias)  # type: ignore[arg-type]
-    x = torch.linspace(-2.0, 3.0, len(weight), device=weight.device).unsqueeze(0)
-    weight.zero_()
-    at_zero = trial(x)
-    weight.fill_(1.0)
-    at_one = trial(x)
-    step = at_one - at_zero
-    return round(float((at_zero * step).sum() / step.square().sum()), 3)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model.eval()
 
 
 def nothing_dead(model: nn.Module) -> dict[str, str]:
@@ -158,24 +142,3 @@ def nothing_dead(model: nn.Module) -> dict[str, str]:
 
 def nothing_to_check(model: nn.Module, inputs: Inputs) -> None:
     """For families without a way to be blind."""
-
-
-def llama_folds(block: str) -> tuple[Fold, ...]:
-    """Folds of a Llama-like decoder block (Llama, Mistral, Qwen, Gemma 1)."""
-    gemma2 = ("{block}.pre_feedforward_layernorm", "{block}.post_feedforward_layernorm")
-    attention = "{block}.self_attn"
-    mlp = "{block}.mlp"
-    return (
-        Fold(block, "{block}.input_layernorm", tuple(f"{attention}.{name}_proj" for name in "qkv")),
-        Fold(block, f"{attention}.v_proj", (f"{attention}.o_proj",), absent=(f"{attention}.attn_sub_norm",)),
-        Fold(block, "{block}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj"), absent=gemma2),
-        Fold(block, "{block}.pre_feedforward_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
-        # Without a gate there is an activation between them, and it does not commute with a scale
-        Fold(
-            block,
-            f"{mlp}.up_proj",
-            (f"{mlp}.down_proj",),
-            absent=(f"{mlp}.ffn_sub_norm",),
-            present=(f"{mlp}.gate_proj",),
-        ),
-    )

@@ -2,94 +2,76 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import load_dataset
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
-from vlaquant.errors import CalibrationError
-from vlaquant.families.base import Family, Fold, Inputs, empty_weights, llama_folds
+from vlaquant.errors import CalibrationError, CheckpointError
+from vlaquant.families.base import Converted, Family, Inputs, empty_weights, ready
+from vlaquant.families.folds import Fold, llama_folds
+from vlaquant.families.renaming import require_complete, stored_dtype
 from vlaquant.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
-from vlaquant.models.openvla.actions import action_statistics, normalize
+from vlaquant.models.openvla.actions import action_statistics, normalize, state_statistics, unnormalize
+from vlaquant.models.openvla.side_heads import SideHeads, find_side_heads, read_side_heads
 
 _TOWER_BLOCK = r"vision_backbone\.(fused_)?featurizer\.blocks\.\d+"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Observation:
-    """One recorded moment: what the camera saw, what was asked for, and what the demonstrator did.
-
-    ``action`` is [action dimension] or [chunk, action dimension] in the units of the dataset ``unnorm_key``, which may
-    be None where the checkpoint knows only one.
-    """
-
-    image: Image.Image
-    instruction: str
-    action: NDArray[np.float64]
-    episode: int
-    task: str
-    unnorm_key: str | None = None
-
-
-def load_observations(
-    directory: Path, split: str, count: int | None = None, unnorm_key: str | None = None
-) -> list[Observation]:
-    """Observations of a ``datasets``-readable folder with the columns image, instruction, action, episode and task.
-
-    ``count`` takes that many, evenly spread over the split.
-
-    Raises:
-        CalibrationError: no such folder or split, or it is empty.
-    """
-    if not (directory / split).is_dir():
-        raise CalibrationError(f"{directory}: no split {split!r} (a folder of parquet files of that name)")
-    if not any((directory / split).glob("*.parquet")):
-        raise CalibrationError(f"{directory / split}: holds no parquet file")
-    rows = load_dataset("parquet", data_files=str(directory / split / "*.parquet"), split="train")
-    if len(rows) == 0:
-        raise CalibrationError(f"{directory / split}: holds no observation")
-    if count is not None and count < len(rows):
-        rows = rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int).tolist())
-    return [
-        Observation(
-            image=row["image"],
-            instruction=row["instruction"],
-            action=np.asarray(row["action"], dtype=np.float64),
-            episode=int(row["episode"]),
-            task=row["task"],
-            unnorm_key=unnorm_key,
-        )
-        for row in rows
-    ]
-
-
 def _load(directory: Path) -> nn.Module:
-    model: OpenVLAForActionPrediction = OpenVLAForActionPrediction.from_pretrained(
-        directory, dtype="auto", local_files_only=True
+    config, heads = _config(directory), _side_heads(directory)
+    wanted = {name: getattr(config, name) for name in ("action_decoding", "proprio_dim")}
+    if heads is not None:  # transformers would look for them in the weight files
+        config.update({"action_decoding": "autoregressive", "proprio_dim": 0})
+    loader: Any = OpenVLAForActionPrediction
+    model, info = loader.from_pretrained(
+        directory, dtype="auto", local_files_only=True, config=config, output_loading_info=True
     )
+    require_complete(directory, info)
+    if heads is not None:
+        model.config.update(wanted)
+        model.add_heads_()
+        model.load_state_dict(read_side_heads(heads, model.dtype), strict=False, assign=True)
     _attach_side_files_(model, directory)
-    model.eval()  # type: ignore[no-untyped-call]
-    return model
+    return ready(model)
 
 
 def _build(directory: Path) -> nn.Module:
-    config = OpenVLAConfig.from_pretrained(directory, local_files_only=True)
-    with empty_weights(config.dtype):
+    config = _config(directory)
+    with empty_weights(stored_dtype(directory, config)):
         model = OpenVLAForActionPrediction(config)
     _attach_side_files_(model, directory)
     model.eval()  # type: ignore[no-untyped-call]
     return model
 
 
+def _config(directory: Path) -> OpenVLAConfig:
+    """The configuration, with what heads beside the weights say."""
+    fields, _ = OpenVLAConfig.get_config_dict(directory, local_files_only=True)
+    heads = _side_heads(directory)
+    config: OpenVLAConfig = OpenVLAConfig.from_dict(fields | ({} if heads is None else heads.fields))
+    return config
+
+
+def _side_heads(directory: Path) -> SideHeads | None:
+    fields, _ = OpenVLAConfig.get_config_dict(directory, local_files_only=True)
+    return find_side_heads(directory, fields, OpenVLAConfig.from_dict(fields).text_config.hidden_size)
+
+
+def _converted(directory: Path) -> Converted:
+    """Heads of OpenVLA-OFT, which are pickles beside the weights."""
+    heads = _side_heads(directory)
+    if heads is None:
+        return Converted()
+    files = (*heads.files.values(), *(() if heads.said is None else (heads.said,)))
+    return Converted(heads.fields, files, lambda: read_side_heads(heads, stored_dtype(directory, _config(directory))))
+
+
 def _attach_side_files_(model: OpenVLAForActionPrediction, directory: Path) -> None:
-    """Processor, and the statistics that fine-tunes keep in a file of their own.
+    """Processor, and the statistics that fine-tunes keep in a file of their own: those of the base no longer apply.
 
     Old checkpoints call the processor's file ``preprocessor_config.json``, new ones ``processor_config.json``.
     """
@@ -97,13 +79,31 @@ def _attach_side_files_(model: OpenVLAForActionPrediction, directory: Path) -> N
         model.processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
     statistics = directory / "dataset_statistics.json"
     if statistics.is_file():
-        datasets = json.loads(statistics.read_text(encoding="utf-8"))
-        model.config.norm_stats |= {name: stats for name, stats in datasets.items() if "action" in stats}
+        model.config.norm_stats = _dataset_statistics(statistics) or model.config.norm_stats
+
+
+def _dataset_statistics(file: Path) -> dict[str, Any]:
+    """Dataset name -> its statistics.
+
+    Raises:
+        CheckpointError: a file of another form.
+    """
+    try:
+        datasets = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(datasets, dict):
+        raise CheckpointError(f"{file}: holds no JSON object; wanted {{dataset: {{action: …}}, …}}")
+    for name, stats in datasets.items():
+        if not isinstance(stats, dict) or "action" not in stats:
+            raise CheckpointError(f"{file}: {name} has no `action`; wanted {{dataset: {{action: …}}, …}}")
+    return datasets
 
 
 def _dead(model: nn.Module) -> dict[str, str]:
     assert isinstance(model, OpenVLAForActionPrediction)
-    dead = {}
+    head = model.action_head
+    dead = {} if head is None else {"language_model.lm_head": "the action head reads the hidden states before it"}
     for tower in ("featurizer", "fused_featurizer"):
         module = getattr(model.vision_backbone, tower)
         if module is None:
@@ -119,18 +119,57 @@ def _dead(model: nn.Module) -> dict[str, str]:
 
 
 def _inputs(model: OpenVLAForActionPrediction, sample: Any) -> Inputs:
-    """Prompt and image; for token-by-token policies the demonstrated action's tokens too (a teacher-forced pass)."""
-    input_ids, pixel_values = model.encode(sample.image, sample.instruction)
-    if model.config.action_decoding == "autoregressive":
-        stats = action_statistics(model.config.norm_stats, sample.unnorm_key)
-        tokens = model.action_tokens.encode(normalize(sample.action, stats)).reshape(1, -1)
-        input_ids = torch.cat([input_ids, torch.from_numpy(tokens[:, :-1]).to(input_ids.device)], dim=1)
-    return {"input_ids": input_ids, "pixel_values": pixel_values}
+    """Prompt, images and state, and the statistics of the sample's dataset where it is clear which that is.
+
+    For token-by-token policies also the demonstrated action's tokens, after ``prompt_tokens`` (a teacher-forced pass).
+    """
+    if len(sample.images) != model.config.num_images_in_input:
+        raise CalibrationError(
+            f"episode {sample.episode}: {len(sample.images)} images, and this policy has "
+            f"{model.config.num_images_in_input} cameras; say which of the data's they are with `cameras:` in the "
+            "recipe's calibration section"
+        )
+    missing = [camera for camera, image in enumerate(sample.images, start=1) if image is None]
+    if missing:
+        raise CalibrationError(
+            f"episode {sample.episode}: no image of camera {missing[0]}, and this policy needs all of its "
+            f"{model.config.num_images_in_input}; leave such samples out"
+        )
+    inputs = _observed(model, sample.images, sample.instruction, sample.state, sample.unnorm_key)
+    if model.config.action_decoding != "autoregressive":
+        return inputs
+    if sample.action is None:
+        raise CalibrationError(
+            f"episode {sample.episode}: holds no action, and a policy that predicts token by token is calibrated "
+            "on the demonstrated one; use data with actions"
+        )
+    stats = action_statistics(model.config.norm_stats, sample.unnorm_key, bounds=model.config.action_normalization)
+    tokens = model.action_tokens.encode(normalize(sample.action, stats)).reshape(1, -1)
+    prompt = inputs["input_ids"]
+    shown = torch.from_numpy(tokens[:, :-1]).to(prompt.device)
+    return inputs | {"input_ids": torch.cat([prompt, shown], dim=1), "prompt_tokens": torch.tensor([prompt.shape[1]])}
+
+
+def _observed(
+    model: OpenVLAForActionPrediction, images: Sequence[Any], instruction: str, state: Any, unnorm_key: str | None
+) -> Inputs:
+    input_ids, pixel_values = model.encode(images, instruction)
+    inputs = {"input_ids": input_ids, "pixel_values": pixel_values}
+    proprio = model.encode_state(state, unnorm_key)
+    if proprio is not None:
+        inputs["proprio"] = proprio
+    datasets = model.config.norm_stats
+    if unnorm_key is not None or len(datasets) == 1:
+        stats = action_statistics(datasets, unnorm_key, bounds=model.config.action_normalization)
+        inputs |= {f"action_{name}": torch.from_numpy(values) for name, values in stats.items()}
+    return inputs
 
 
 def _run(model: OpenVLAForActionPrediction, inputs: Inputs) -> Tensor:
-    """Logits [1, t, vocabulary] of the pass that decides the action."""
+    """What decides the action: a head's chunk [1, chunk, action dimension], or logits [1, t, vocabulary]."""
     input_ids = inputs["input_ids"]
+    if model.config.action_decoding == "regression":
+        return model.regress(input_ids, inputs["pixel_values"], inputs.get("proprio"))
     if model.config.action_decoding == "parallel":
         queries = torch.tensor([model.config.action_query_token_ids], device=input_ids.device)
         input_ids = torch.cat([input_ids, queries], dim=1)
@@ -138,19 +177,37 @@ def _run(model: OpenVLAForActionPrediction, inputs: Inputs) -> Tensor:
     return logits
 
 
+def _prompt(inputs: Inputs) -> Inputs:
+    """What the policy sees on the robot: no demonstrated action."""
+    length = int(inputs["prompt_tokens"]) if "prompt_tokens" in inputs else inputs["input_ids"].shape[1]
+    prompt = {"input_ids": inputs["input_ids"][:, :length], "pixel_values": inputs["pixel_values"]}
+    return prompt | ({"proprio": inputs["proprio"]} if "proprio" in inputs else {})
+
+
+def _act(model: OpenVLAForActionPrediction, inputs: Inputs) -> Tensor:
+    if "action_low" not in inputs:
+        known = ", ".join(model.config.norm_stats) or "none"
+        raise CheckpointError(f"the checkpoint holds statistics of {known}; say which with unnorm_key")
+    stats = {name: inputs[f"action_{name}"].cpu().numpy() for name in ("low", "high", "mask")}
+    normalized = model.normalized_action(**_prompt(inputs), dimension=len(stats["low"]))
+    return torch.from_numpy(unnormalize(normalized, stats))
+
+
 def _example(model: OpenVLAForActionPrediction) -> Inputs:
-    size = model.config.image_sizes[0]
-    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    input_ids, pixel_values = model.encode(image, "do something")
-    return {"input_ids": input_ids, "pixel_values": pixel_values}
+    """Noise for images, and the middle of the first dataset's range for the state."""
+    config, random = model.config, np.random.default_rng(0)
+    shape = (config.image_sizes[0], config.image_sizes[0], 3)
+    images = [random.integers(0, 256, shape, dtype=np.uint8) for _ in range(config.num_images_in_input)]
+    key, state = next(iter(config.norm_stats), None), None
+    if config.proprio_dim:
+        stats = state_statistics(config.norm_stats, key, bounds=config.action_normalization)
+        state = (stats["low"] + stats["high"]) / 2.0
+    return _observed(model, images, "do something", state, key)
 
 
 def _check(model: OpenVLAForActionPrediction, inputs: Inputs) -> None:
-    model.check_sight(inputs["input_ids"], inputs["pixel_values"])
-
-
-def _episode_samples(directory: Path, split: str, count: int, unnorm_key: str | None) -> Sequence[Any]:
-    return load_observations(directory, split, count, unnorm_key)
+    """Before any data is used up on a policy that does not see."""
+    model.check_sight(**_prompt(inputs))
 
 
 OPENVLA = Family(
@@ -160,11 +217,16 @@ OPENVLA = Family(
         ("projector", r"projector\..*"),
         ("language", r"language_model\.model\..*"),
         ("action", r"language_model\.lm_head"),
+        ("action_head", r"action_head\..*"),
+        ("proprio", r"proprio_projector\..*"),
     ),
     folds=(
         Fold(_TOWER_BLOCK, "{block}.norm1", ("{block}.attn.qkv",)),
         Fold(_TOWER_BLOCK, "{block}.norm2", ("{block}.mlp.fc1",)),
+        Fold(_TOWER_BLOCK, "{block}.attn.proj", gamma="{block}.ls1.scale_factor"),
+        Fold(_TOWER_BLOCK, "{block}.mlp.fc2", gamma="{block}.ls2.scale_factor"),
         *llama_folds(r"language_model\.model\.layers\.\d+"),
+        Fold(r"action_head\.model\.mlp_resnet_blocks\.\d+", "{block}.ffn.0", ("{block}.ffn.1",)),
     ),
     owns=lambda model: isinstance(model, OpenVLAForActionPrediction),
     owns_config=lambda config: config.get("model_type") == "openvla",
@@ -175,5 +237,10 @@ OPENVLA = Family(
     run=_run,
     example=_example,
     check=_check,
-    episode_samples=_episode_samples,
+    keep_float=(
+        (r"action_head\.model\.fc2", "small, and writes the action: every error in it reaches the arm"),
+        (r"proprio_projector\..*", "small, and sees one token an observation, too few to calibrate on"),
+    ),
+    act=_act,
+    converted=_converted,
 )

@@ -28,7 +28,12 @@ def replace_module_(root: nn.Module, name: str, module: nn.Module) -> None:
     if reason is not None:
         raise PlanError(f"{name or 'the model'} cannot be replaced: it {reason}; keep it in float")
     module.train(old.training)
-    for place in places:
+    replace_everywhere_(root, old, module)
+
+
+def replace_everywhere_(root: nn.Module, old: nn.Module, module: nn.Module) -> None:
+    """Put ``module`` at every place in ``root`` where ``old`` stands, whatever they are."""
+    for place in _places(root, old):
         parent, _, child = place.rpartition(".")
         setattr(root.get_submodule(parent), child, module)
 

@@ -1,9 +1,12 @@
 """Scaling that keeps the function: what is divided out of one module's output is multiplied into its readers.
 
-All arithmetic is in float32, or float64 for float64 parameters, and rounded once to the parameter's dtype.
+The rules for each kind of source, and where they come from, are in :mod:`vlaquant.families.folds`. All arithmetic is in
+float32, or float64 for float64 parameters, and rounded once to the parameter's dtype.
+
+Letters: m channels that have a scale, k columns of the targets; k is a multiple of m.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +14,120 @@ from torch import Tensor, nn
 
 from vlaquant.calibrate.statistics import ActStats
 from vlaquant.errors import PlanError
+from vlaquant.families import FoldGroup, norm_offset
+from vlaquant.families.folds import SCALE, SHIFT
+from vlaquant.passes.layer import Work
+
+
+@torch.no_grad()
+def apply_fold_(model: nn.Module, group: FoldGroup, scale: Tensor, works: Mapping[str, Work]) -> None:
+    """Divide the output of a fold's source by ``scale`` [m], and multiply the columns of all its targets.
+
+    Layers in ``works`` change there, with the statistics of their input; those that share statistics share the scaled
+    ones. Linears that are not, and so stay float, get new parameters, and norms change in place.
+
+    Raises:
+        PlanError: shapes that do not fit.
+    """
+    source = model.get_submodule(group.source)
+    if isinstance(source, nn.Linear):
+        weight, bias = _read(source, works.get(group.source))
+        _require_scale(scale, len(weight) // max(len(group.chunks), 1), group.source)
+        _write_(source, works.get(group.source), *divided(weight, bias, scale.to(weight), group.chunks))
+    else:
+        scale = fold_norm_(source, scale, offset=norm_offset(source))
+    scaled: dict[int, ActStats] = {}
+    for name in group.targets:
+        target, work = model.get_submodule(name), works.get(name)
+        assert isinstance(target, nn.Linear)
+        weight, bias = _read(target, work)
+        columns = spread(scale, weight.shape[1], group.head_dim)
+        _write_(target, work, weight * columns.to(weight), bias)
+        if work is not None and work.stats is not None:
+            if id(work.stats) not in scaled:
+                scaled[id(work.stats)] = scaled_stats(work.stats, columns)
+            work.stats = scaled[id(work.stats)]
+
+
+@torch.no_grad()
+def fold_layer_scale_(model: nn.Module, group: FoldGroup, works: Mapping[str, Work]) -> None:
+    """Multiply the factors γ of a LayerScale into the rows of the Linear before it; γ becomes 1."""
+    assert group.gamma is not None
+    gamma, source = model.get_parameter(group.gamma), model.get_submodule(group.source)
+    assert isinstance(source, nn.Linear)
+    weight, bias = _read(source, works.get(group.source))
+    wide = gamma.to(weight)
+    _write_(source, works.get(group.source), weight * wide.unsqueeze(-1), None if bias is None else bias * wide)
+    gamma.fill_(1.0)
+
+
+def channels_of(model: nn.Module, group: FoldGroup) -> int:
+    """How many scales a fold has."""
+    source = model.get_submodule(group.source)
+    if isinstance(source, nn.Linear):
+        return source.out_features // max(len(group.chunks), 1)
+    weight = source.weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
+
+
+def only_exponents(model: nn.Module, group: FoldGroup) -> bool:
+    """Whether powers of 2 can be folded without any rounding: no 1 is added to what is divided."""
+    source = model.get_submodule(group.source)
+    return not group.chunks if isinstance(source, nn.Linear) else norm_offset(source) == 0.0
+
+
+@torch.no_grad()
+def try_fold_(model: nn.Module, group: FoldGroup) -> None:
+    """Fold scales of 1/2 and 2 into the model itself; for a LayerScale, move them from γ into the Linear."""
+    channels = channels_of(model, group)
+    scale = torch.where(torch.rand(channels, generator=torch.Generator().manual_seed(channels)) < 0.5, 0.5, 2.0)
+    source = model.get_submodule(group.source)
+    first = next(source.parameters())
+    scale = scale.to(first.device)
+    if group.gamma is None:
+        apply_fold_(model, group, scale, {})
+        return
+    assert isinstance(source, nn.Linear)
+    put_linear_(source, *divided(*_read(source, None), scale))
+    gamma = model.get_parameter(group.gamma)
+    gamma.copy_(gamma * scale)
+
+
+def divided(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, chunks: Sequence[str] = ()
+) -> tuple[Tensor, Tensor | None]:
+    """Weight [m, k] and bias [m] of a Linear with its output divided by ``scale`` [m].
+
+    With ``chunks`` the Linear makes scale and shift of an adaptive norm, each [m, k], and it is the norm's output that
+    is divided: a row of ``scale`` s becomes that of (1 + s)/scale − 1.
+    """
+    if not chunks:
+        return weight / scale.unsqueeze(-1), None if bias is None else bias / scale
+    assert bias is not None
+    one = torch.ones_like(scale)
+    by = torch.cat([scale if chunk in {SCALE, SHIFT} else one for chunk in chunks])
+    # (1 + b)/s − 1 without a difference of numbers near 1
+    missing = torch.cat([1.0 - scale if chunk == SCALE else 0.0 * one for chunk in chunks])
+    return weight / by.unsqueeze(-1), (bias + missing) / by
+
+
+def spread(scale: Tensor, columns: int, head_dim: int | None) -> Tensor:
+    """[m] -> [k]: the scale of each column; query heads that read one value head have its scales."""
+    if len(scale) == columns:
+        return scale
+    assert head_dim is not None
+    return scale.reshape(-1, 1, head_dim).expand(-1, columns // len(scale), -1).reshape(columns)
+
+
+def gathered(values: Tensor, channels: int, head_dim: int | None) -> Tensor:
+    """[..., k] -> [..., k/m, m]: the columns that share a scale below each other; undoes :func:`spread`."""
+    columns = values.shape[-1]
+    if columns == channels:
+        return values.unsqueeze(-2)
+    assert head_dim is not None
+    heads = values.reshape(*values.shape[:-1], channels // head_dim, columns // channels, head_dim)
+    return heads.transpose(-3, -2).reshape(*values.shape[:-1], columns // channels, channels)
 
 
 @torch.no_grad()
@@ -63,6 +180,27 @@ def scaled_stats(stats: ActStats, scale: Tensor) -> ActStats:
         hessian=hessian,
         sample=stats.sample / scale,
     )
+
+
+def _read(linear: nn.Linear, work: Work | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias to compute with: the working ones, or the model's."""
+    if work is not None:
+        return work.weight, work.bias
+    return _wide(linear.weight.detach()), None if linear.bias is None else _wide(linear.bias.detach())
+
+
+def _write_(linear: nn.Linear, work: Work | None, weight: Tensor, bias: Tensor | None) -> None:
+    if work is not None:
+        work.weight, work.bias = weight, bias
+    else:
+        put_linear_(linear, weight, bias)
+
+
+def put_linear_(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a Linear new parameters, in the dtype of those it has; these are left as they are."""
+    linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(linear.bias.dtype), requires_grad=False)
 
 
 def _wide(parameter: Tensor) -> Tensor:

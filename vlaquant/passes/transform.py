@@ -1,7 +1,11 @@
 """Where SmoothQuant and AWQ meet a model: a scale for every fold, kept only where it lowers the output error.
 
-Working weights are float32; of the model itself only norms change. The rounding of a norm's new weight to its dtype is
-taken into the scale, so that norm and Linears together stay the same function whatever the checkpoint's dtype.
+Working weights are float32; of the model itself only norms and Linears that stay float change. The rounding of a norm's
+new weight to its dtype is taken into the scale, so that norm and Linears together stay the same function whatever the
+checkpoint's dtype. A Linear that stays float is rounded to its dtype once more.
+
+Where columns share a scale (query heads that read one value head), each is one more set of tokens of the same channel:
+ranges are the largest of all of them, and means the mean.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from vlaquant.calibrate import ActStats
-from vlaquant.families import FoldGroup, norm_offset
+from vlaquant.families import FoldGroup
 from vlaquant.numerics import fake_quantize, min_max, qparams, round_weight, row_blocks
 from vlaquant.passes.awq import awq_scale
-from vlaquant.passes.fold import fold_norm_, scaled_stats
+from vlaquant.passes.fold import apply_fold_, channels_of, fold_layer_scale_, gathered, spread
 from vlaquant.passes.layer import Work
 from vlaquant.passes.loss import output_loss, weight_loss
 from vlaquant.passes.smoothquant import smooth_scale
-from vlaquant.recipe import SmoothQuant, Transform
+from vlaquant.recipe import LayerScale, SmoothQuant, Transform
 from vlaquant.scheme import Granularity, QuantSpec
 
 #: Rows of all targets together by which scales are compared; the best are then measured on all. (In SmolLM2, 1024 of
@@ -33,20 +37,23 @@ class TransformRecord:
     """What happened to one fold.
 
     Attributes:
-        kind: ``smoothquant`` or ``awq``.
-        loss_before: mean squared output error of the targets with plain rounding, as a share of the output's square.
+        kind: ``smoothquant``, ``awq`` or ``layerscale``.
+        loss_before: mean squared output error of the targets with plain rounding, as a share of the output's square;
+            None where nothing is compared: a LayerScale is always folded.
         loss_after: with the scale.
         kept: whether the scale was applied.
-        strength: α of SmoothQuant, or the exponent that AWQ found.
+        strength: α of SmoothQuant, or the exponent that AWQ found; 1 for a LayerScale.
+        reverted: what the model computed differently with the scale, so that it was taken back; None if nothing was.
     """
 
     kind: str
     source: str
     targets: tuple[str, ...]
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after: float | None
     kept: bool
     strength: float
+    reverted: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
@@ -58,30 +65,49 @@ class TransformRecord:
         return cls(**{**values, "targets": tuple(values["targets"])})
 
 
+def suits(transform: Transform, group: FoldGroup) -> bool:
+    """Whether a transform is for folds of this kind."""
+    return isinstance(transform, LayerScale) == (group.gamma is not None)
+
+
 def transform_group_(
     model: nn.Module, group: FoldGroup, works: Mapping[str, Work], transform: Transform
 ) -> TransformRecord:
-    """Try ``transform`` on one fold; changes the working weights and the source if it helps.
+    """Try ``transform`` on one fold that it :func:`suits`; changes weights and the source if it helps.
 
-    Targets that shared statistics before share the scaled ones.
+    At least one of the targets is in ``works``. Targets that shared statistics before share the scaled ones.
     """
-    targets = [works[name] for name in group.targets]
+    if isinstance(transform, LayerScale):
+        fold_layer_scale_(model, group, works)
+        return TransformRecord(transform.kind, group.source, group.targets, None, None, kept=True, strength=1.0)
+    targets = [works[name] for name in group.targets if name in works]
     stats = targets[0].stats
     assert stats is not None
+    columns, head_dim = targets[0].weight.shape[1], group.head_dim
+    channels = channels_of(model, group)
     step = _step(targets)
-    loss = _loss(targets if step > 1 else _stacked(targets, 1), stats)
+    loss = _spread_first(_loss(targets if step > 1 else _stacked(targets, 1), stats), columns, head_dim)
     if isinstance(transform, SmoothQuant):
         strength = transform.alpha
-        scale = smooth_scale(stats.absmax, [work.weight for work in targets], strength)
+        absmax = gathered(stats.absmax, channels, head_dim).amax(dim=0)
+        weights = [gathered(work.weight, channels, head_dim).flatten(0, 1) for work in targets]
+        scale = smooth_scale(absmax, weights, strength)
         before, after = loss(torch.ones_like(scale)), loss(scale)
     else:
         estimate = _loss(_stacked(targets, step), stats) if step > 1 else None
-        best = awq_scale(stats.mean_abs, loss, grid=transform.grid, estimate=estimate)
+        if estimate is not None:
+            estimate = _spread_first(estimate, columns, head_dim)
+        mean_abs = gathered(stats.mean_abs, channels, head_dim).mean(dim=0)
+        best = awq_scale(mean_abs, loss, grid=transform.grid, estimate=estimate)
         scale, strength, before, after = best.scale, best.ratio, best.loss_rtn, best.loss
     kept = after < before
     if kept:
-        _apply_(model, group, works, scale)
+        apply_fold_(model, group, scale, works)
     return TransformRecord(transform.kind, group.source, group.targets, before, after, kept, strength)
+
+
+def _spread_first(loss: Callable[[Tensor], float], columns: int, head_dim: int | None) -> Callable[[Tensor], float]:
+    return lambda scale: loss(spread(scale, columns, head_dim))
 
 
 def _step(targets: Sequence[Work]) -> int:
@@ -138,23 +164,3 @@ def _rounded_input(x: Tensor, spec: QuantSpec, stats: ActStats, scale: Tensor) -
         low, high = (stats.channel_low / scale).min(), (stats.channel_high / scale).max()
     step, zero = qparams(low, high, spec, torch.float32)
     return fake_quantize(x, step, zero, spec)
-
-
-def _apply_(model: nn.Module, group: FoldGroup, works: Mapping[str, Work], scale: Tensor) -> None:
-    """Divide the source's output by ``scale`` and multiply the targets' columns by what the division really was."""
-    if group.source in works:
-        source = works[group.source]
-        source.weight = source.weight / scale.unsqueeze(-1)
-        if source.bias is not None:
-            source.bias = source.bias / scale
-    else:
-        norm = model.get_submodule(group.source)
-        scale = fold_norm_(norm, scale, offset=norm_offset(norm))
-    scaled: dict[int, ActStats] = {}
-    for name in group.targets:
-        work = works[name]
-        assert work.stats is not None
-        if id(work.stats) not in scaled:
-            scaled[id(work.stats)] = scaled_stats(work.stats, scale)
-        work.weight = work.weight * scale
-        work.stats = scaled[id(work.stats)]

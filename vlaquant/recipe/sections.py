@@ -68,7 +68,9 @@ class Section(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class Rule(Section):
-    """Which Linears get which scheme. The first rule that matches a layer decides.
+    """Which layers get which scheme. The first rule that matches a layer decides.
+
+    A rule is about one kind of ``modules``, so that one for the Linears of a part never reaches its embeddings.
 
     Attributes:
         part: a part of the model, such as ``vision``, ``projector``, ``language`` or ``action``.
@@ -76,6 +78,10 @@ class Rule(Section):
         scheme: a preset of :data:`vlaquant.scheme.PRESETS`, or ``float``.
         bits: overrides the preset's weight, as ``symmetric`` and ``group_size`` do.
         on_indivisible: overrides the recipe's.
+        modules: ``linear``; ``embedding``, lookup tables; or ``bank``, Linears with one weight a robot embodiment. The
+            latter two take ``w8a16`` (one scale a row, or a robot and output) and ``float``.
+        embodiment: of banks, keep only the weights of this one (its number in ``embodiment_id.json``), unchanged with
+            ``float``. The checkpoint then refuses every other.
     """
 
     part: Name | None = None
@@ -85,6 +91,8 @@ class Rule(Section):
     symmetric: bool | None = None
     group_size: GroupSize | None = None
     on_indivisible: OnIndivisible | None = None
+    modules: Literal["linear", "embedding", "bank"] = "linear"
+    embodiment: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -93,9 +101,13 @@ class Rule(Section):
         if self.scheme == _FLOAT and self._overrides():
             raise ValueError(f"scheme {_FLOAT!r} keeps weights as they are; remove {', '.join(self._overrides())}")
         try:
-            self.resolve_scheme()
+            scheme = self.resolve_scheme()
         except RecipeError as error:
             raise ValueError(str(error)) from error
+        if self.modules != "linear" and scheme not in {None, get_scheme("w8a16")}:
+            raise ValueError(f"modules {self.modules!r} can be stored as w8a16 (8 bits, one scale a row) or float only")
+        if self.embodiment is not None and self.modules != "bank":
+            raise ValueError("'embodiment' is about modules 'bank'; add 'modules: bank', or remove it")
         return self
 
     def _overrides(self) -> dict[str, Any]:
@@ -140,6 +152,12 @@ class Awq(Section):
     grid: PositiveInt = 20
 
 
+class LayerScale(Section):
+    """Multiply the factors of LayerScales (DINOv2) into the Linears before them."""
+
+    kind: Literal["layerscale"] = "layerscale"
+
+
 class Rtn(Section):
     """Round each weight to the nearest code.
 
@@ -168,11 +186,17 @@ class Gptq(Section):
     act_order: bool = True
 
 
+Cameras = Annotated[tuple[Name | None, ...] | None, Field(strict=False, min_length=1)]
+
+
 class Episodes(Section):
     """Recorded robot episodes: observations, evenly spread over one split of a ``datasets`` folder.
 
     Attributes:
         unnorm_key: dataset whose action statistics apply; can be left out if the checkpoint knows only one.
+        cameras: image columns in the order of the policy's cameras, null for one that is missing; by default ``image``,
+            or else all image columns.
+        state: column of the state, by default ``state``; ``action`` likewise.
         min_tokens: it is an error if a layer sees fewer.
     """
 
@@ -180,6 +204,47 @@ class Episodes(Section):
     path: RecipePath
     unnorm_key: Name | None = None
     split: Name = "calibration"
+    cameras: Cameras = None
+    state: Name | None = None
+    action: Name | None = None
+    samples: PositiveInt = 64
+    min_tokens: PositiveInt = 32
+
+
+class LeRobot(Section):
+    """A LeRobotDataset folder, layout 2.0, 2.1 or 3.0: frames spread over its episodes and their phases.
+
+    Attributes:
+        unnorm_key: as for episodes.
+        cameras: keys in the order of the policy's cameras, null for one that is missing; by default all of the dataset.
+        state: key of the state, by default ``observation.state``.
+        action: key of the action, by default ``action``.
+        chunk: give the actions of so many frames from each one on.
+        min_tokens: it is an error if a layer sees fewer.
+    """
+
+    kind: Literal["lerobot"] = "lerobot"
+    path: RecipePath
+    unnorm_key: Name | None = None
+    cameras: Cameras = None
+    state: Name | None = None
+    action: Name | None = None
+    chunk: PositiveInt | None = None
+    samples: PositiveInt = 64
+    min_tokens: PositiveInt = 32
+
+
+class JsonLines(Section):
+    """A file with a JSON object a line beside image files, as docs/robot-data.md describes it; chosen as for lerobot.
+
+    Attributes:
+        unnorm_key: as for episodes.
+        min_tokens: it is an error if a layer sees fewer.
+    """
+
+    kind: Literal["jsonl"] = "jsonl"
+    path: RecipePath
+    unnorm_key: Name | None = None
     samples: PositiveInt = 64
     min_tokens: PositiveInt = 32
 
@@ -198,15 +263,15 @@ class Text(Section):
     min_tokens: PositiveInt = 32
 
 
-Transform = Annotated[SmoothQuant | Awq, Field(discriminator="kind")]
+Transform = Annotated[SmoothQuant | Awq | LayerScale, Field(discriminator="kind")]
 Quantizer = Annotated[Rtn | Gptq, Field(discriminator="kind")]
-Calibration = Annotated[Episodes | Text, Field(discriminator="kind")]
+Calibration = Annotated[Episodes | LeRobot | JsonLines | Text, Field(discriminator="kind")]
 
 #: Key of the recipe -> {kind: the section it then holds}.
 KINDS: dict[str, dict[str, type[Section]]] = {
-    "transforms": {"smoothquant": SmoothQuant, "awq": Awq},
+    "transforms": {"smoothquant": SmoothQuant, "awq": Awq, "layerscale": LayerScale},
     "quantizer": {"rtn": Rtn, "gptq": Gptq},
-    "calibration": {"episodes": Episodes, "text": Text},
+    "calibration": {"episodes": Episodes, "lerobot": LeRobot, "jsonl": JsonLines, "text": Text},
 }
 
 

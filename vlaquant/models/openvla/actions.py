@@ -36,12 +36,32 @@ class ActionTokens:
         return np.asarray(self.centers[self.bins(tokens)])
 
 
-def action_statistics(norm_stats: Mapping[str, Any], unnorm_key: str | None) -> dict[str, NDArray[Any]]:
-    """``q01``, ``q99`` and ``mask`` of one dataset, each [action dimension].
+def action_statistics(
+    norm_stats: Mapping[str, Any], unnorm_key: str | None, *, bounds: str = "q99"
+) -> dict[str, NDArray[Any]]:
+    """``low``, ``high`` and ``mask`` of one dataset's actions, each [action dimension].
+
+    Args:
+        norm_stats: of the checkpoint.
+        unnorm_key: the dataset; None where there is only one.
+        bounds: ``q99`` or ``min_max``.
 
     Raises:
         CheckpointError: no such dataset, or several and none named.
     """
+    return _statistics(norm_stats, unnorm_key, "action", bounds)
+
+
+def state_statistics(
+    norm_stats: Mapping[str, Any], unnorm_key: str | None, *, bounds: str = "q99"
+) -> dict[str, NDArray[Any]]:
+    """As :func:`action_statistics` for the robot's state."""
+    return _statistics(norm_stats, unnorm_key, "proprio", bounds)
+
+
+def _statistics(
+    norm_stats: Mapping[str, Any], unnorm_key: str | None, quantity: str, bounds: str
+) -> dict[str, NDArray[Any]]:
     known = ", ".join(norm_stats) or "none"
     if unnorm_key is None:
         if len(norm_stats) != 1:
@@ -49,20 +69,26 @@ def action_statistics(norm_stats: Mapping[str, Any], unnorm_key: str | None) -> 
         unnorm_key = next(iter(norm_stats))
     if unnorm_key not in norm_stats:
         raise CheckpointError(f"no statistics named {unnorm_key!r} in this checkpoint; it holds {known}")
-    action = norm_stats[unnorm_key]["action"]
-    q01 = np.asarray(action["q01"], dtype=np.float64)
-    mask = np.asarray(action.get("mask", np.ones_like(q01, dtype=bool)), dtype=bool)
-    return {"q01": q01, "q99": np.asarray(action["q99"], dtype=np.float64), "mask": mask}
+    names = {"q99": ("q01", "q99"), "min_max": ("min", "max")}[bounds]
+    found = norm_stats[unnorm_key].get(quantity, {})
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"the statistics of {unnorm_key!r} lack {quantity}.{missing[0]}, which this policy needs; copy the "
+            "dataset_statistics.json of its training beside its weights"
+        )
+    low, high = (np.asarray(found[name], dtype=np.float64) for name in names)
+    return {"low": low, "high": high, "mask": np.asarray(found.get("mask", np.ones_like(low)), dtype=bool)}
 
 
 def unnormalize(normalized: FloatArray, stats: Mapping[str, NDArray[Any]]) -> FloatArray:
-    """[-1, 1] -> the dataset's units between its 1 % and 99 % quantiles; masked-out dimensions pass as they are."""
-    low, high = stats["q01"], stats["q99"]
+    """[-1, 1] -> the dataset's units between ``low`` and ``high``; masked-out dimensions pass as they are."""
+    low, high = stats["low"], stats["high"]
     return np.where(stats["mask"], 0.5 * (normalized + 1.0) * (high - low) + low, normalized)
 
 
-def normalize(action: FloatArray, stats: Mapping[str, NDArray[Any]]) -> FloatArray:
+def normalize(values: FloatArray, stats: Mapping[str, NDArray[Any]]) -> FloatArray:
     """Inverse of :func:`unnormalize`, clipped to [-1, 1]."""
-    low, high = stats["q01"], stats["q99"]
+    low, high = stats["low"], stats["high"]
     span = np.where(high > low, high - low, 1.0)
-    return np.clip(np.where(stats["mask"], 2.0 * (action - low) / span - 1.0, action), -1.0, 1.0)
+    return np.clip(np.where(stats["mask"], 2.0 * (values - low) / span - 1.0, values), -1.0, 1.0)

@@ -10,6 +10,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from vlaquant.errors import CheckpointError
 
 ACTIVATIONS = ("gelu", "quick_gelu")
+DECODINGS = ("autoregressive", "parallel", "regression")
+#: What action and state statistics become [-1, 1].
+NORMALIZATIONS = ("q99", "min_max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +92,17 @@ class OpenVLAConfig(PretrainedConfig):
         text_config: the language model's configuration.
         vision_towers: explicit sizes per tower, in place of ``timm_model_ids``.
         action_chunk: actions predicted in one call.
-        action_decoding: ``autoregressive`` (the published way, one token after another) or ``parallel`` (all tokens of
-            the chunk in one pass over query tokens, after OpenVLA-OFT, Kim et al. 2025, arXiv:2502.19645).
+        action_decoding: ``autoregressive`` (the published way, one token after another), ``parallel`` (all tokens of
+            the chunk in one pass over query tokens) or ``regression`` (OpenVLA-OFT, Kim et al. 2025, arXiv:2502.19645:
+            a head reads the action from the hidden states of one pass, in which every token sees every other).
         action_query_token_ids: the query tokens of parallel decoding, action_chunk × action dimension of them.
         empty_token_id: the token that ends every prompt.
+        num_images_in_input: cameras; their patches follow each other.
+        action_dim: outputs of the action head.
+        action_head_blocks: residual blocks of the action head.
+        proprio_dim: numbers of the robot's state that a projector turns into one token; 0 for policies without it.
+        action_normalization: what [-1, 1] stands for: ``q99``, the 1 % and 99 % quantiles, or ``min_max``.
+        stop_token_id: the token that ends the answer; regression shows it after the action's positions.
     """
 
     model_type = "openvla"
@@ -113,6 +123,12 @@ class OpenVLAConfig(PretrainedConfig):
         action_decoding: str = "autoregressive",
         action_query_token_ids: list[int] | None = None,
         empty_token_id: int = 29871,
+        num_images_in_input: int = 1,
+        action_dim: int | None = None,
+        action_head_blocks: int = 2,
+        proprio_dim: int = 0,
+        action_normalization: str = "q99",
+        stop_token_id: int = 2,
         **kwargs: Any,
     ) -> None:
         self.timm_model_ids = timm_model_ids
@@ -126,10 +142,25 @@ class OpenVLAConfig(PretrainedConfig):
         self.action_decoding = action_decoding
         self.action_query_token_ids = action_query_token_ids or []
         self.empty_token_id = empty_token_id
+        self.num_images_in_input = num_images_in_input
+        self.action_dim = action_dim
+        self.action_head_blocks = action_head_blocks
+        self.proprio_dim = proprio_dim
+        self.action_normalization = action_normalization
+        self.stop_token_id = stop_token_id
         self.text_config = _text_config(text_config)
-        if action_decoding not in {"autoregressive", "parallel"}:
-            raise CheckpointError(f"action_decoding={action_decoding!r}: use 'autoregressive' or 'parallel'")
+        self._check_actions()
         super().__init__(**kwargs)
+
+    def _check_actions(self) -> None:
+        for field, known in (("action_decoding", DECODINGS), ("action_normalization", NORMALIZATIONS)):
+            if getattr(self, field) not in known:
+                raise CheckpointError(f"config.json: {field}={getattr(self, field)!r}; known: {', '.join(known)}")
+        if self.action_decoding == "regression" and self.action_dim is None:
+            raise CheckpointError("config.json: action_decoding='regression' needs `action_dim`, the head's outputs")
+        for field in ("action_chunk", "num_images_in_input"):
+            if type(getattr(self, field)) is not int or getattr(self, field) < 1:
+                raise CheckpointError(f"config.json: {field}={getattr(self, field)!r}; wanted a number from 1 up")
 
     @property
     def towers(self) -> tuple[TowerConfig, ...]:

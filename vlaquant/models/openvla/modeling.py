@@ -4,6 +4,7 @@ Structure after Kim et al. 2024 (arXiv:2406.09246); parameter names are those of
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from vlaquant.errors import CalibrationError, CheckpointError
-from vlaquant.models.openvla.actions import ActionTokens, action_statistics, unnormalize
+from vlaquant.models.openvla.actions import ActionTokens, action_statistics, normalize, state_statistics, unnormalize
 from vlaquant.models.openvla.configuration import OpenVLAConfig
 from vlaquant.models.openvla.processing import ImageLike, PrismaticProcessor, prompt
+from vlaquant.models.openvla.regression import ActionHead, ProprioProjector, sees_everything
 from vlaquant.models.openvla.vision import LayerScale, Projector, VisionBackbone, VisionTower
 
 IGNORED_LABEL = -100
@@ -50,14 +52,25 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__(config)
         towers = config.towers
-        self.vision_backbone = VisionBackbone(towers, config.image_sizes)
+        self.vision_backbone = VisionBackbone(towers, config.image_sizes, config.num_images_in_input)
         self.projector = Projector(self.vision_backbone.width, config.text_config.hidden_size, fused=len(towers) == 2)
         # Built by class and not by `from_config`, which would let text_config's own dtype win over the caller's.
         language_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
         self.language_model = language_class(config.text_config)
+        self.action_head: ActionHead | None = None
+        self.proprio_projector: ProprioProjector | None = None
+        self.add_heads_()
         self.action_tokens = ActionTokens(config.n_action_bins, config.action_vocab_size)
         self.processor: PrismaticProcessor | None = None
         self.post_init()  # type: ignore[no-untyped-call]
+
+    def add_heads_(self) -> None:
+        """The modules of OpenVLA-OFT, with new weights, where the configuration has them and the model has not."""
+        config, width = self.config, self.config.text_config.hidden_size
+        if config.action_decoding == "regression" and self.action_head is None:
+            self.action_head = ActionHead(width, config.action_dim, config.action_head_blocks)
+        if config.proprio_dim and self.proprio_projector is None:
+            self.proprio_projector = ProprioProjector(config.proprio_dim, width)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -84,8 +97,8 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
 
     @property
     def image_tokens(self) -> int:
-        """Positions that the image takes, between the first text token and the rest."""
-        return int(self.vision_backbone.featurizer.pos_embed.shape[1])
+        """Positions that the images take, between the first text token and the rest."""
+        return self.vision_backbone.images * int(self.vision_backbone.featurizer.pos_embed.shape[1])
 
     def forward(
         self,
@@ -103,7 +116,7 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [b, t].
             attention_mask: [b, t], or [b, cached text + t] with a cache; 1 for real tokens.
-            pixel_values: [b, 3 or 6, h, w].
+            pixel_values: [b, images · (3 or 6), h, w].
             labels: [b, t]; token ids to predict, −100 elsewhere. The loss is the mean cross-entropy: of the next token
                 when decoding is autoregressive, of the same position when it is parallel.
             past_key_values: cache of earlier calls.
@@ -166,6 +179,39 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
             "use_cache": kwargs.get("use_cache"),
         }
 
+    def regress(self, input_ids: Tensor, pixel_values: Tensor, proprio: Tensor | None = None) -> Tensor:
+        """Normalised actions [b, chunk, action dimension] from one pass in which every token sees every other.
+
+        The sequence is: first token, patches, state, rest of the prompt, one empty position for each number of the
+        chunk, stop token. Each number is read one position before its own, as a language model's next token is.
+
+        Args:
+            input_ids: [b, t], prompts of one length.
+            pixel_values: [b, images · (3 or 6), h, w].
+            proprio: [b, state dimension], normalised; only for policies with a state.
+
+        Raises:
+            CheckpointError: the policy has no action head, or a state is missing or not wanted.
+        """
+        if self.action_head is None:
+            raise CheckpointError(f"action_decoding={self.config.action_decoding!r}: this policy has no action head")
+        if (proprio is None) != (self.proprio_projector is None):
+            wanted = "needs the robot's state" if proprio is None else "takes no state of the robot"
+            raise CheckpointError(f"this policy {wanted} (proprio_dim={self.config.proprio_dim} in config.json)")
+        seen = self.projector(self.vision_backbone(pixel_values))
+        if self.proprio_projector is not None:
+            seen = torch.cat([seen, self.proprio_projector(proprio)], dim=1)
+        stop = input_ids.new_full((input_ids.shape[0], 1), self.config.stop_token_id)
+        text = self.get_input_embeddings()(torch.cat([input_ids, stop], dim=1))
+        count = self.config.action_chunk * self.config.action_dim
+        empty = text.new_zeros(text.shape[0], count, text.shape[2])
+        embeddings = torch.cat([text[:, :1], seen.to(text.dtype), text[:, 1:-1], empty, text[:, -1:]], dim=1)
+        hidden = self.language_model.model(
+            inputs_embeds=embeddings, attention_mask=sees_everything(embeddings), use_cache=False
+        ).last_hidden_state
+        actions: Tensor = self.action_head(hidden[:, -count - 2 : -2])
+        return actions
+
     @torch.inference_mode()
     def predict_tokens(self, input_ids: Tensor, pixel_values: Tensor, *, count: int) -> Tensor:
         """The ``count`` action tokens for one prompt and image each [1, t], [1, c, h, w]; greedy. Returns [count].
@@ -173,8 +219,10 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         Parallel decoding reads them from one pass over the query tokens, one token each.
 
         Raises:
-            CheckpointError: parallel decoding with another number of query tokens.
+            CheckpointError: parallel decoding with another number of query tokens, or a policy without action tokens.
         """
+        if self.config.action_decoding == "regression":
+            raise CheckpointError("this policy's actions come from a head and not from tokens; call predict_action")
         if self.config.action_decoding == "parallel":
             queries = torch.tensor([self.config.action_query_token_ids], device=input_ids.device)
             if queries.shape[1] != count:
@@ -192,54 +240,120 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
                 step = self(tokens[-1], past_key_values=step.past_key_values, use_cache=True)
         return torch.cat(tokens, dim=1)[0]
 
-    def encode(self, image: ImageLike, instruction: str) -> tuple[Tensor, Tensor]:
+    def encode(self, images: ImageLike | Sequence[ImageLike], instruction: str) -> tuple[Tensor, Tensor]:
         """``input_ids`` [1, t], ended by the empty token as in training, and ``pixel_values``, on the model's device.
 
         Raises:
-            CheckpointError: the model has no processor.
+            CheckpointError: the model has no processor, or wants another number of images.
         """
         if self.processor is None:
             raise CheckpointError("this model has no processor: use vlaquant.load(directory), or set model.processor")
-        batch = self.processor(prompt(instruction), image)
-        input_ids = batch["input_ids"]
+        seen = list(images) if isinstance(images, list | tuple) else [images]
+        if len(seen) != self.config.num_images_in_input:
+            raise CheckpointError(
+                f"{len(seen)} images for a policy with {self.config.num_images_in_input} cameras "
+                "(num_images_in_input in config.json); give one of each, in the order of its training"
+            )
+        input_ids = self.processor.tokenizer(prompt(instruction), return_tensors="pt")["input_ids"]
         if int(input_ids[0, -1]) != self.config.empty_token_id:
             input_ids = torch.cat([input_ids, torch.tensor([[self.config.empty_token_id]])], dim=1)
-        return input_ids.to(self.device), batch["pixel_values"].to(self.device)
+        pixels = self.processor.image_processor.preprocess(seen)["pixel_values"]
+        return input_ids.to(self.device), pixels.flatten(0, 1).unsqueeze(0).to(self.device)
 
-    def predict_action(self, image: ImageLike, instruction: str, unnorm_key: str | None = None) -> NDArray[np.float64]:
-        """The action for a camera image and an instruction, in the units of dataset ``unnorm_key``.
+    def encode_state(self, state: NDArray[np.float64] | None, unnorm_key: str | None = None) -> Tensor | None:
+        """The robot's state, normalised [1, state dimension]; None for policies that take none.
+
+        Raises:
+            CheckpointError: it is missing or of another length, or there are no statistics of it.
+        """
+        dimension = self.config.proprio_dim
+        if dimension == 0:
+            return None
+        if state is None or np.shape(state) != (dimension,):
+            got = "none" if state is None else f"shape {list(np.shape(state))}"
+            raise CheckpointError(f"this policy needs the robot's state as {dimension} numbers, got {got}")
+        stats = state_statistics(self.config.norm_stats, unnorm_key, bounds=self.config.action_normalization)
+        normalized = normalize(np.asarray(state, dtype=np.float64), stats)
+        return torch.from_numpy(normalized).to(device=self.device, dtype=torch.float32).unsqueeze(0)
+
+    def predict_action(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        instruction: str,
+        unnorm_key: str | None = None,
+        state: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.float64]:
+        """The action for what the cameras see and an instruction, in the units of dataset ``unnorm_key``.
+
+        Args:
+            image: one, or one of each camera.
+            instruction: in words.
+            unnorm_key: dataset whose statistics apply; None where the checkpoint knows only one.
+            state: of the robot, [state dimension], for policies that take it.
 
         Returns:
             [action dimension], or [chunk, action dimension] when the checkpoint predicts chunks.
 
         Raises:
-            CheckpointError: no processor, or no statistics of that name.
+            CheckpointError: no processor, no statistics of that name, or images or a state that do not fit.
         """
-        stats = action_statistics(self.config.norm_stats, unnorm_key)
-        dimension = len(stats["q01"])
+        stats = action_statistics(self.config.norm_stats, unnorm_key, bounds=self.config.action_normalization)
         input_ids, pixel_values = self.encode(image, instruction)
-        tokens = self.predict_tokens(input_ids, pixel_values, count=dimension * self.config.action_chunk)
-        actions = unnormalize(self.action_tokens.decode(tokens.cpu().numpy()).reshape(-1, dimension), stats)
+        normalized = self.normalized_action(
+            input_ids, pixel_values, self.encode_state(state, unnorm_key), dimension=len(stats["low"])
+        )
+        actions = unnormalize(normalized, stats)
         return actions if self.config.action_chunk > 1 else actions[0]
 
     @torch.inference_mode()
-    def check_sight(self, input_ids: Tensor, pixel_values: Tensor) -> float:
-        """Largest change of a logit between the given image and its negative.
+    def normalized_action(
+        self, input_ids: Tensor, pixel_values: Tensor, proprio: Tensor | None = None, *, dimension: int
+    ) -> NDArray[np.float64]:
+        """The action [chunk, ``dimension``] for one prompt before it gets its units, however this policy decodes.
+
+        Raises:
+            CheckpointError: the head makes actions of another dimension.
+        """
+        if self.action_head is None:
+            tokens = self.predict_tokens(input_ids, pixel_values, count=dimension * self.config.action_chunk)
+            return self.action_tokens.decode(tokens.cpu().numpy()).reshape(-1, dimension)
+        if dimension != self.config.action_dim:
+            raise CheckpointError(
+                f"the statistics are of actions with {dimension} numbers, and the action head makes "
+                f"{self.config.action_dim}; check dataset_statistics.json and the unnorm_key"
+            )
+        actions = self.regress(input_ids, pixel_values, proprio)[0]
+        return np.asarray(actions.double().cpu().numpy())
+
+    @torch.inference_mode()
+    def check_sight(self, input_ids: Tensor, pixel_values: Tensor, proprio: Tensor | None = None) -> float:
+        """Least change of what decides the action when one of the images is exchanged for its negative.
 
         Raises:
             CalibrationError: it is zero, so the policy is blind and calibrating it would be meaningless; or it is NaN.
         """
-        seen = self(input_ids, pixel_values=pixel_values, use_cache=False).logits[:, -1].float()
-        negative = self(input_ids, pixel_values=-pixel_values, use_cache=False).logits[:, -1].float()
-        change = float((seen - negative).abs().max())
-        if math.isnan(change):
-            raise CalibrationError("the logits are NaN: check the weights and the dtype")
-        if change == 0.0:
-            raise CalibrationError(
-                "two different images give the same logits: the image does not reach the action. "
-                "Check that the vision weights were loaded and that the checkpoint matches its config.json"
-            )
-        return change
+        seen = self._decision(input_ids, pixel_values, proprio)
+        changes = []
+        for camera in range(self.vision_backbone.images):
+            negative = pixel_values.clone().unflatten(1, (self.vision_backbone.images, -1))
+            negative[:, camera] *= -1.0
+            changes.append(float((seen - self._decision(input_ids, negative.flatten(1, 2), proprio)).abs().max()))
+            if math.isnan(changes[-1]):
+                raise CalibrationError("the model's outputs are NaN: check the weights and the dtype")
+            if changes[-1] == 0.0:
+                which = f" of camera {camera + 1}" if self.vision_backbone.images > 1 else ""
+                raise CalibrationError(
+                    f"two different images{which} give the same outputs: the image does not reach the action. "
+                    "Check that the vision weights were loaded and that the checkpoint matches its config.json"
+                )
+        return min(changes)
+
+    def _decision(self, input_ids: Tensor, pixel_values: Tensor, proprio: Tensor | None) -> Tensor:
+        """Float: the chunk of a head, or the logits of the first action token."""
+        if self.action_head is not None:
+            return self.regress(input_ids, pixel_values, proprio).float()
+        logits: Tensor = self(input_ids, pixel_values=pixel_values, use_cache=False).logits
+        return logits[:, -1].float()
 
 
 def _with_image(text: Tensor | None, patches: int, value: int) -> Tensor | None:

@@ -145,32 +145,39 @@ class VisionTower(nn.Module):
 
 
 class VisionBackbone(nn.Module):
-    """One tower, or two whose features are concatenated: [b, 3 or 6, size, size] -> [b, n, width]."""
+    """One tower, or two whose features are concatenated; patches of several images follow each other.
 
-    def __init__(self, towers: tuple[TowerConfig, ...], image_sizes: list[int]) -> None:
+    [b, images · (3 or 6), size, size] -> [b, images · n, width].
+    """
+
+    def __init__(self, towers: tuple[TowerConfig, ...], image_sizes: list[int], images: int = 1) -> None:
         super().__init__()
         self.width = sum(tower.width for tower in towers)
         self.image_size = image_sizes[0]
+        self.images = images
         self.featurizer = VisionTower(towers[0], image_sizes[0])
         self.fused_featurizer = VisionTower(towers[1], image_sizes[1]) if len(towers) == 2 else None
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features of both towers side by side.
+        """Features of both towers side by side; every image is a row of the towers' batch.
 
         Raises:
-            CheckpointError: the image has another size or number of channels than the towers.
+            CheckpointError: the images have another size or number of channels than the towers.
         """
-        wanted = (3 if self.fused_featurizer is None else 6, self.image_size, self.image_size)
+        channels = 3 if self.fused_featurizer is None else 6
+        wanted = (self.images * channels, self.image_size, self.image_size)
         if tuple(pixels.shape[1:]) != wanted:
             raise CheckpointError(
                 f"pixel_values has shape {list(pixels.shape)}, wanted [b, {wanted[0]}, {wanted[1]}, {wanted[2]}]: "
-                "the image processor (preprocessor_config.json) does not belong to this model (config.json)"
+                f"{self.images} images for each prompt, from the image processor (preprocessor_config.json) that "
+                "belongs to this model (config.json)"
             )
-        pixels = pixels.to(self.featurizer.pos_embed.dtype)
-        if self.fused_featurizer is None:
-            features: Tensor = self.featurizer(pixels)
-            return features
-        return torch.cat([self.featurizer(pixels[:, :3]), self.fused_featurizer(pixels[:, 3:])], dim=2)
+        pixels = pixels.to(self.featurizer.pos_embed.dtype).unflatten(1, (self.images, channels)).flatten(0, 1)
+        features: Tensor = self.featurizer(pixels[:, :3])
+        if self.fused_featurizer is not None:
+            features = torch.cat([features, self.fused_featurizer(pixels[:, 3:])], dim=2)
+        together: Tensor = features.unflatten(0, (-1, self.images)).flatten(1, 2)
+        return together
 
 
 class Projector(nn.Module):

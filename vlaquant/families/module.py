@@ -26,8 +26,8 @@ def _no_output(model: nn.Module, inputs: Inputs) -> Tensor:
     return output
 
 
-GENERIC = Family(
-    name="generic",
+MODULE = Family(
+    name="module",
     parts=(("model", r".*"),),
     folds=(),
     owns=lambda model: True,

@@ -1,0 +1,1 @@
+"""Stands in for LeRobot where that is not installed: as much of it as vlaquant calls, over the look-alikes."""

@@ -1,0 +1,65 @@
+"""Every family × every scheme: from a directory to one that another process loads, and that acts the same."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_families import SCHEMES, TINY, family_of, one_fresh_process, quantized, recipe_for
+
+import vlaquant
+from vlaquant.families import FAMILIES, MODULE
+
+#: Largest error of the answer, as a share of it: about twice the worst that any family has.
+LARGEST = {"W4A16 AWQ + GPTQ": 0.2, "W8A8 SmoothQuant": 0.05}
+#: Opened by transformers in tests of their own; here they would only take time.
+LATER = {"hf: paligemma", "hf: qwen2_5_vl", "hf: idefics3"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in TINY]
+OURS = [name for name, family in FAMILIES.items() if family.load.__module__.startswith("vlaquant.")]
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch, one_fresh_process(patch):
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Of every model, made once."""
+    folder = tmp_path_factory.mktemp("families")
+    return {name: tiny.save(folder / str(number), patch) for number, (name, tiny) in enumerate(TINY.items())}
+
+
+def test_every_family_is_here(directories: dict[str, Path]) -> None:
+    for name, directory in directories.items():
+        assert family_of(directory).name == name.partition(":")[0]
+    assert {name.partition(":")[0] for name in TINY} == set(OURS) - {MODULE.name}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_plan_accounts_for_every_parameter(name: str, directories: dict[str, Path]) -> None:
+    model = family_of(directories[name]).build(directories[name])
+    plan = vlaquant.plan(directories[name], recipe_for(name, "W8A8 SmoothQuant"))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    covered = {layer.name for layer in plan.layers} | {table.name for table in plan.tables}
+    accounted = {other.name for other in plan.others}
+    accounted |= {parameter for parameter in named if parameter.rpartition(".")[0] in covered}
+    unique = {id(parameter): parameter for parameter in named.values()}
+    assert {id(named[parameter]) for parameter in accounted} == unique.keys()
+    assert plan.bytes_before == sum(parameter.nbytes for parameter in unique.values())
+    assert all(layer.reason for layer in plan.layers)
+    assert {layer.part for layer in plan.layers} >= set(TINY[name].parts)
+    assert "other" not in {layer.part for layer in plan.layers}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name: str, scheme: str, directories: dict[str, Path], tmp_path: Path) -> None:
+    outcome = quantized(name, scheme, directories[name], tmp_path / "packed")
+    assert outcome.verified == "equal bit for bit"
+    assert outcome.same, "the directory acts as the model that was quantized in memory"
+    assert 0.0 < outcome.error < LARGEST[scheme]
+    for layer in outcome.plan.layers:
+        wanted = layer.part in TINY[name].parts
+        assert wanted or layer.scheme is None, layer
+        assert not (wanted and layer.reason == "no rule matches"), layer

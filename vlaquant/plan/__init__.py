@@ -1,0 +1,27 @@
+"""What a recipe does to a model: every weight has a verdict and a reason before any work is done."""
+
+from vlaquant.plan.making import legal_groups, make_plan, packed_bytes
+from vlaquant.plan.verdicts import (
+    LayerPlan,
+    OtherTensor,
+    Plan,
+    TablePlan,
+    format_table,
+    plan_from_dict,
+    with_dead,
+    without,
+)
+
+__all__ = [
+    "LayerPlan",
+    "OtherTensor",
+    "Plan",
+    "TablePlan",
+    "format_table",
+    "legal_groups",
+    "make_plan",
+    "packed_bytes",
+    "plan_from_dict",
+    "with_dead",
+    "without",
+]
