@@ -1,6 +1,8 @@
 """The command as a user meets it: exit codes, messages, and nothing written when something is wrong."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import llama, observations, openvla, save_llama, save_observations, save_openvla
+from tiny_pi0 import pi0, robot_observations, save_pi0
 
+import vlaquant
 from vlaquant.cli import main
 
 RULES = [{"part": "language", "scheme": "w4a16", "group_size": 64}]
@@ -69,7 +73,7 @@ def test_eval_of_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     paths = [str(save_openvla(tmp_path / f"policy{seed}", openvla(seed=seed))) for seed in range(2)]
     arguments = ["--model", paths[0], "--episodes", str(episodes), "--json", str(tmp_path / "r.json")]
     assert main(["eval", *arguments, "--reference", paths[1], "--samples", "3"]) == 0
-    assert "3 observations" in capsys.readouterr().out
+    assert re.search(r"observations +3 +3", capsys.readouterr().out)
     different = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["actions"]
     assert different["token_agreement"] < 1.0 < different["bin_distance"]
     assert main(["eval", *arguments, "--reference", paths[0]]) == 0
@@ -78,11 +82,27 @@ def test_eval_of_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (same["token_agreement"], same["mean_l1"], same["observations"]) == (1.0, 0.0, 4)
 
 
+def test_eval_of_a_policy_that_denoises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = [replace(one, images=one.images[:1]) for one in robot_observations(4, cameras=1)]
+    episodes = save_observations(tmp_path / "episodes", "evaluation", seen)
+    source = save_pi0(tmp_path / "pi0", pi0())
+    vlaquant.quantize(source, {"rules": [{"part": "expert", "scheme": "w8a16"}]}, output=tmp_path / "packed")
+    arguments = ["--reference", str(source), "--episodes", str(episodes), "--json", str(tmp_path / "r.json")]
+    assert main(["eval", "--model", str(tmp_path / "packed"), *arguments, "--rollouts", "1"]) == 0
+    assert "equal action tokens" not in capsys.readouterr().out
+    result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert result["rollouts"] == {"skipped": "the simulated tasks drive OpenVLA policies only"}
+    assert 0.0 < result["actions"]["mean_l1"] < 0.1 * result["actions"]["l1_to_demonstration"]
+    assert main(["eval", "--model", str(source), *arguments]) == 0
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["actions"]["mean_l1"] == 0.0
+
+
 def test_eval_refuses_a_language_model_as_a_policy(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", "--model", str(source), "--reference", str(source), "--episodes", str(tmp_path)]) == 1
-    assert "not both OpenVLA policies" in capsys.readouterr().err
+    episodes = save_observations(tmp_path / "episodes", "evaluation", observations(1))
+    assert main(["eval", "--model", str(source), "--reference", str(source), "--episodes", str(episodes)]) == 1
+    assert "compare language models with --text" in capsys.readouterr().err
 
 
 def test_interruption(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ def test_demo_recipes(name: str, policy: OpenVLAForActionPrediction) -> None:
     quantized = vlaquant.quantize(POLICY, load_recipe(ROOT / "configs" / f"{name}.yaml")).model
     assert isinstance(quantized, OpenVLAForActionPrediction)
     error, _ = compare(quantized, policy, load_observations(EPISODES, "evaluation", 30), lambda items: items)
+    assert error.bin_distance is not None
     assert error.bin_distance < 8.0  # of 255; a policy that acts at random is above 80
     assert error.gripper_flips < 0.02
 

@@ -1,19 +1,24 @@
 """Figures on cases whose answer is known, and the comparison of real (tiny) policies."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny import llama, observations, openvla
+from tiny_oft import oft_observations, save_oft
 
+import vlaquant
 from vlaquant.errors import EvaluationError
 from vlaquant.evaluate.actions import Predictions, action_error, compare
 from vlaquant.evaluate.language import compare_text
 from vlaquant.evaluate.metaworld import INSTRUCTIONS
 from vlaquant.evaluate.rollouts import FIRST_SEED, outcomes_of, plan_jobs, summarize
 from vlaquant.evaluate.statistics import paired_difference, success_rate
+from vlaquant.models.openvla import action_statistics
 
 
 def test_equal_policies_have_no_error() -> None:
@@ -27,7 +32,7 @@ def test_equal_policies_have_no_error() -> None:
 
 def test_different_policies_differ() -> None:
     error, _ = compare(openvla(seed=1), openvla(), observations(3), lambda items: items)
-    assert error.token_agreement < 1.0
+    assert error.token_agreement != 1.0
     assert max(error.l1) > 0.0
 
 
@@ -42,12 +47,35 @@ def test_action_error_by_hand() -> None:
     other = actions.copy()
     other[0, 0, 0] += 0.2
     other[0, 1, 3] = -0.5
-    error = action_error(Predictions(moved, other, [0.1]), Predictions(tokens, actions, [0.1]), actions, model)
+    bins = model.action_tokens.bins
+    error = action_error(Predictions(other, bins(moved), [0.1]), Predictions(actions, bins(tokens), [0.1]), actions)
     assert error.bin_distance == pytest.approx(3 / 8)
     assert error.token_agreement == pytest.approx(7 / 8)
     assert error.l1 == pytest.approx([0.1, 0.0, 0.0, 0.5])
     assert error.mse == pytest.approx([0.02, 0.0, 0.0, 0.5])
     assert error.gripper_flips == pytest.approx(0.5)
+
+
+def test_a_policy_without_tokens(tmp_path: Path) -> None:
+    source, seen = save_oft(tmp_path / "oft"), oft_observations(3)
+    policies: list[Any] = [vlaquant.load(source) for _ in range(2)]
+    with torch.no_grad():
+        policies[0].action_head.model.fc2.bias[0] += 0.1
+    error, _ = compare(policies[0], policies[1], seen, lambda items: items)
+    assert error.token_agreement is None
+    assert error.bin_distance is None
+    stats = action_statistics(policies[0].config.norm_stats, seen[0].unnorm_key)
+    assert error.l1[0] == pytest.approx(0.1 * (stats["high"] - stats["low"])[0] / 2, rel=1e-3)
+    assert error.l1[1:] == [0.0] * (len(error.l1) - 1)
+    wanted = [policies[1].predict_action(list(one.images), one.instruction, state=one.state) for one in seen]
+    given = np.stack([one.action for one in seen if one.action is not None])
+    assert error.reference_l1_to_demonstration == pytest.approx(np.abs(np.stack(wanted) - given).mean())
+
+
+def test_recordings_of_another_robot_are_refused() -> None:
+    wrong = [replace(one, action=np.zeros((2, 3))) for one in observations(2)]
+    with pytest.raises(EvaluationError, match="give 4 numbers an action, the recordings hold 3"):
+        compare(openvla(), openvla(), wrong, lambda items: items)
 
 
 def test_policies_with_other_actions_are_refused() -> None:

@@ -118,6 +118,7 @@ def save_observations(directory: Path, split: str, seen: list[Observation]) -> P
             "action": None if one.action is None else one.action.tolist(),
             "episode": one.episode,
             "task": one.task,
+            **({} if one.state is None else {"state": one.state.tolist()}),
         }
         for one in seen
     ]

@@ -1,16 +1,17 @@
 """How far a quantized policy's actions are from the float policy's, on recorded observations."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from vlaquant.errors import EvaluationError
 from vlaquant.evaluate.statistics import percentiles_ms
+from vlaquant.families import family_of_model
 from vlaquant.families.observation import Observation
 from vlaquant.models.openvla import OpenVLAForActionPrediction, action_statistics, unnormalize
 
@@ -24,18 +25,19 @@ class ActionError:
     Attributes:
         l1: mean absolute difference per action dimension.
         mse: mean squared difference per action dimension.
-        token_agreement: share of identical action tokens.
-        bin_distance: mean |difference| of bins.
+        token_agreement: share of identical action tokens; None for policies without.
+        bin_distance: mean |difference| of bins; None for policies without.
         gripper_flips: share of actions whose last dimension changes sign.
-        l1_to_demonstration: mean absolute difference of the candidate to the recorded action, all dimensions.
+        l1_to_demonstration: mean absolute difference of the candidate to the recorded action, all dimensions, as many
+            steps as were recorded.
         reference_l1_to_demonstration: the same for the reference.
         observations: how many were compared.
     """
 
     l1: list[float]
     mse: list[float]
-    token_agreement: float
-    bin_distance: float
+    token_agreement: float | None
+    bin_distance: float | None
     gripper_flips: float
     l1_to_demonstration: float
     reference_l1_to_demonstration: float
@@ -48,20 +50,22 @@ class ActionError:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
-    """What one policy answers to each observation: tokens [n, count] and actions [n, chunk, dimension]."""
+    """What one policy answers: actions [n, chunk, dimension], and bins [n, tokens] of one that chooses tokens."""
 
-    tokens: NDArray[np.int64]
     actions: NDArray[np.float64]
+    bins: NDArray[np.int64] | None
     seconds: list[float]
 
 
 def compare(
-    candidate: OpenVLAForActionPrediction,
-    reference: OpenVLAForActionPrediction,
+    candidate: nn.Module,
+    reference: nn.Module,
     observations: Sequence[Observation],
     progress: Callable[[Sequence[Observation]], Sequence[Observation]],
 ) -> tuple[ActionError, dict[str, Any]]:
     """Ask both policies about every observation, in turn, so that their latencies share the machine's mood.
+
+    Noise that an action starts from depends on the observation alone, so both start from the same.
 
     Returns:
         The error, and the latency of one call of each: ``{"candidate": {p50_ms, p99_ms}, "reference": …, "ratio": …}``.
@@ -76,63 +80,92 @@ def compare(
     if missing:
         raise EvaluationError(f"{missing} of {len(observations)} observations hold no action to compare with")
     _check_same_actions(candidate, reference)
-    for _ in range(_WARM_UP_ACTIONS):
-        _ask(candidate, observations[0]), _ask(reference, observations[0])
-    answers: dict[str, list[tuple[NDArray[np.int64], float]]] = {"candidate": [], "reference": []}
+    policies = {"candidate": candidate, "reference": reference}
+    for policy in [*policies.values()] * _WARM_UP_ACTIONS:
+        _ask(policy, observations[0])
+    answers: dict[str, list[Predictions]] = {who: [] for who in policies}
     for observation in progress(observations):
-        answers["candidate"].append(_ask(candidate, observation))
-        answers["reference"].append(_ask(reference, observation))
-    stats = action_statistics(reference.config.norm_stats, observations[0].unnorm_key)
-    predictions = {who: _predictions(reference, stats, pairs) for who, pairs in answers.items()}
-    error = action_error(predictions["candidate"], predictions["reference"], np.stack(demonstrated), reference)
+        for who, policy in policies.items():
+            answers[who].append(_ask(policy, observation))
+    predictions = {who: _joined(found) for who, found in answers.items()}
+    error = action_error(predictions["candidate"], predictions["reference"], np.stack(demonstrated))
     latency: dict[str, Any] = {who: percentiles_ms(prediction.seconds) for who, prediction in predictions.items()}
     latency["ratio"] = latency["reference"]["p50_ms"] / latency["candidate"]["p50_ms"]
     return error, latency
 
 
-def action_error(
-    candidate: Predictions,
-    reference: Predictions,
-    demonstrated: NDArray[np.float64],
-    model: OpenVLAForActionPrediction,
-) -> ActionError:
-    """The figures of :class:`ActionError` from the answers of both policies."""
+def action_error(candidate: Predictions, reference: Predictions, demonstrated: NDArray[np.float64]) -> ActionError:
+    """The figures of :class:`ActionError` from the answers of both policies.
+
+    Raises:
+        EvaluationError: the recorded actions are of another dimension.
+    """
     difference = candidate.actions - reference.actions  # [n, chunk, dimension]
-    bins = [model.action_tokens.bins(answer.tokens) for answer in (candidate, reference)]
-    target = demonstrated.reshape(difference.shape)
+    count, chunk, dimension = difference.shape
+    if demonstrated.shape[-1] != dimension:
+        raise EvaluationError(
+            f"the policies give {dimension} numbers an action, the recordings hold {demonstrated.shape[-1]}"
+        )
+    target = demonstrated.reshape(count, -1, dimension)[:, :chunk]
+    steps = target.shape[1]
+    bins = None
+    if candidate.bins is not None and reference.bins is not None:
+        bins = candidate.bins - reference.bins
     return ActionError(
         l1=np.abs(difference).mean(axis=(0, 1)).tolist(),
         mse=np.square(difference).mean(axis=(0, 1)).tolist(),
-        token_agreement=float((candidate.tokens == reference.tokens).mean()),
-        bin_distance=float(np.abs(bins[0] - bins[1]).mean()),
+        token_agreement=None if bins is None else float((bins == 0).mean()),
+        bin_distance=None if bins is None else float(np.abs(bins).mean()),
         gripper_flips=float((np.sign(candidate.actions[..., -1]) != np.sign(reference.actions[..., -1])).mean()),
-        l1_to_demonstration=float(np.abs(candidate.actions - target).mean()),
-        reference_l1_to_demonstration=float(np.abs(reference.actions - target).mean()),
-        observations=len(difference),
+        l1_to_demonstration=float(np.abs(candidate.actions[:, :steps] - target).mean()),
+        reference_l1_to_demonstration=float(np.abs(reference.actions[:, :steps] - target).mean()),
+        observations=count,
     )
 
 
-def _ask(model: OpenVLAForActionPrediction, observation: Observation) -> tuple[NDArray[np.int64], float]:
-    dimension = len(action_statistics(model.config.norm_stats, observation.unnorm_key)["low"])
+def _ask(model: Any, observation: Observation) -> Predictions:
+    """The answer to one observation, n = 1; seconds are from the observation to the action."""
+    if _chooses_tokens(model):
+        return _ask_for_tokens(model, observation)
+    family = family_of_model(model)
+    assert family.act is not None  # _check_same_actions
     started = perf_counter()
-    input_ids, pixel_values = model.encode(observation.image, observation.instruction)
-    tokens = model.predict_tokens(input_ids, pixel_values, count=dimension * model.config.action_chunk)
-    if tokens.is_cuda:
-        torch.cuda.synchronize()
-    return tokens.cpu().numpy(), perf_counter() - started
+    action = family.act(model, family.inputs(model, observation)).double().cpu()
+    return Predictions(action.numpy()[None], None, [perf_counter() - started])
 
 
-def _predictions(
-    model: OpenVLAForActionPrediction,
-    stats: Mapping[str, NDArray[Any]],
-    answers: list[tuple[NDArray[np.int64], float]],
-) -> Predictions:
-    tokens = np.stack([tokens for tokens, _ in answers])
-    normalized = model.action_tokens.decode(tokens).reshape(len(tokens), -1, len(stats["low"]))
-    return Predictions(tokens, unnormalize(normalized, stats), [seconds for _, seconds in answers])
+def _ask_for_tokens(model: OpenVLAForActionPrediction, observation: Observation) -> Predictions:
+    stats = action_statistics(model.config.norm_stats, observation.unnorm_key)
+    dimension = len(stats["low"])
+    started = perf_counter()
+    images = [image for image in observation.images if image is not None]  # `encode` says how many it wants
+    input_ids, pixel_values = model.encode(images, observation.instruction)
+    found = model.predict_tokens(input_ids, pixel_values, count=dimension * model.config.action_chunk)
+    tokens = found.cpu().numpy()
+    seconds = perf_counter() - started
+    normalized = model.action_tokens.decode(tokens).reshape(1, -1, dimension)
+    return Predictions(unnormalize(normalized, stats), model.action_tokens.bins(tokens)[None], [seconds])
 
 
-def _check_same_actions(candidate: OpenVLAForActionPrediction, reference: OpenVLAForActionPrediction) -> None:
+def _joined(answers: list[Predictions]) -> Predictions:
+    bins = [answer.bins for answer in answers if answer.bins is not None]
+    return Predictions(
+        np.concatenate([answer.actions for answer in answers]),
+        np.concatenate(bins) if bins else None,
+        [seconds for answer in answers for seconds in answer.seconds],
+    )
+
+
+def _chooses_tokens(model: nn.Module) -> bool:
+    return isinstance(model, OpenVLAForActionPrediction) and model.config.action_decoding != "regression"
+
+
+def _check_same_actions(candidate: Any, reference: Any) -> None:
+    if type(candidate) is not type(reference):
+        kinds = f"{type(candidate).__name__} and {type(reference).__name__}"
+        raise EvaluationError(f"the policies are of different classes, {kinds}, so their actions cannot be compared")
+    if family_of_model(reference).act is None:
+        raise EvaluationError(f"{type(reference).__name__} takes no actions; compare language models with --text")
     for field in ("norm_stats", "action_chunk", "n_action_bins", "action_decoding"):
-        if getattr(candidate.config, field) != getattr(reference.config, field):
+        if getattr(candidate.config, field, None) != getattr(reference.config, field, None):
             raise EvaluationError(f"the policies differ in {field}, so their actions cannot be compared")

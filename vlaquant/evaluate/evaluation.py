@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vlaquant.checkpoint import weight_files
-from vlaquant.errors import EvaluationError
 from vlaquant.evaluate.actions import compare
 from vlaquant.evaluate.language import compare_text
 from vlaquant.evaluate.metaworld import why_not
@@ -19,7 +18,6 @@ from vlaquant.export import load
 from vlaquant.families.data import load_observations
 from vlaquant.families.hf_samples import text_samples
 from vlaquant.linear import W4A16Linear, W8A8Linear
-from vlaquant.models.openvla import OpenVLAForActionPrediction
 from vlaquant.plan import format_table
 
 _MIB = 2**20
@@ -31,13 +29,9 @@ def evaluate_policy(
     """Action error on the ``evaluation`` split of recorded episodes, and ``rollouts`` paired episodes a task.
 
     Raises:
-        EvaluationError: not two OpenVLA policies, or nothing to compare.
+        EvaluationError: not two policies of one class, or nothing to compare.
     """
     candidate, original = load(model), load(reference)
-    if not isinstance(candidate, OpenVLAForActionPrediction) or not isinstance(original, OpenVLAForActionPrediction):
-        raise EvaluationError(
-            f"{model} and {reference} are not both OpenVLA policies; compare language models with --text"
-        )
     observations = load_observations(episodes, "evaluation", count, unnorm_key)
     error, latency = compare(candidate, original, observations, _progress("comparing actions"))
     result = {
@@ -51,7 +45,10 @@ def evaluate_policy(
         "rollouts": None,
     }
     if rollouts > 0:
-        result["rollouts"] = {"skipped": why_not()} if why_not() else _rollouts(model, reference, rollouts)
+        obstacle = (
+            why_not() if hasattr(candidate, "predict_action") else "the simulated tasks drive OpenVLA policies only"
+        )
+        result["rollouts"] = {"skipped": obstacle} if obstacle else _rollouts(model, reference, rollouts)
     return result
 
 
@@ -124,11 +121,17 @@ def _times(before: float, after: float, less: str, more: str) -> str:
 def _action_rows(error: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     per_dimension = " ".join(f"{value:.4f}" for value in error["l1"])
     squared = " ".join(f"{value:.5f}" for value in error["mse"])
+    tokens = []
+    if error["bin_distance"] is not None:
+        tokens = [
+            ("equal action tokens", "100.0%", f"{error['token_agreement']:.1%}", ""),
+            ("mean bin distance", "0", f"{error['bin_distance']:.3f}", "of 255 bins"),
+        ]
     return [
+        ("observations", f"{error['observations']}", f"{error['observations']}", ""),
         ("action L1", "0", f"{error['mean_l1']:.4f}", f"per dimension: {per_dimension}"),
         ("action MSE", "0", f"{error['mean_mse']:.5f}", f"per dimension: {squared}"),
-        ("equal action tokens", "100.0%", f"{error['token_agreement']:.1%}", f"{error['observations']} observations"),
-        ("mean bin distance", "0", f"{error['bin_distance']:.3f}", "of 255 bins"),
+        *tokens,
         ("gripper flips", "0.0%", f"{error['gripper_flips']:.1%}", ""),
         (
             "L1 to demonstrations",
