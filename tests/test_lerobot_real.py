@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 if not any(distributions(name="lerobot")):  # tests/lookalikes has a package of that name, too
     pytest.skip("LeRobot is not installed: `make lerobot`", allow_module_level=True)
 
-from tiny_lerobot_policies import observations, save, tiny_pi
+import lerobot_page
+from tiny_lerobot_policies import ACTION, CHUNK, observations, save, tiny_pi
 
 import vlaquant
 from vlaquant.families import FAMILIES, find_folds
@@ -181,10 +182,9 @@ def test_lerobot_refuses_a_quantized_directory(kind, source, made):
     """Where LeRobot's own loader, given what we wrote under the usual names, returns random weights."""
     from lerobot.configs.policies import PreTrainedConfig
 
-    with pytest.raises(ValueError, match=f"'vlaquant_{kind}'.* is not registered"):
-        stock(kind).from_pretrained(made.output)
-    with pytest.raises(ValueError, match="is not registered"):
-        PreTrainedConfig.from_pretrained(made.output)
+    for loader in (stock(kind), PreTrainedConfig):  # 0.6.1 says that the name is not registered, 0.6.0 has no class
+        with pytest.raises(Exception, match=rf"'vlaquant_{kind}'.* (is not registered|in <class )"):
+            loader.from_pretrained(made.output)
     if kind == "smolvla":  # with a config of the caller's own; those of π0 and π0.5 swallow this error, too
         with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
             stock(kind).from_pretrained(made.output, config=PreTrainedConfig.from_pretrained(source))
@@ -242,3 +242,32 @@ def test_bfloat16_policies(kind, tmp_path):
     assert result.manifest["verification"]["output"] == "equal bit for bit"
     after = vlaquant.load(tmp_path / "out")
     assert change(after, policy) < LIMITS["w4a16"]
+
+
+def test_the_code_of_the_page(tmp_path, monkeypatch):
+    """All of it, LeRobot's own loop included."""
+    save(tmp_path / "my_policy", "smolvla", empty_cameras=2)
+    lerobot_page.prepare(tmp_path, observations(4))
+    monkeypatch.chdir(tmp_path)
+    left = lerobot_page.run(3, observations(1, seed=3)[0])
+    policy, processors = left["policy"], left["policy"].processors
+    assert type(policy) is stock("smolvla")
+    assert left["chunk"].shape == (1, CHUNK, ACTION)
+    assert left["action"].shape == (1, ACTION)
+    overrides = {
+        "tokenizer_processor": {"tokenizer_name": "my_policy_w4/tokenizer"},
+        "device_processor": {"device": "cpu"},
+    }
+    from lerobot.policies.factory import make_pre_post_processors
+
+    before, after = make_pre_post_processors(
+        policy.config, pretrained_path="my_policy_w4", preprocessor_overrides=overrides
+    )
+    policy.reset()
+    torch.manual_seed(0)
+    ours = processors.after(policy.select_action(processors.before(dict(left["frame"]))))
+    for pipelines in ((before, after), left["pipelines"]):
+        policy.reset()
+        torch.manual_seed(0)
+        loop = [left["seen"], policy, torch.device("cpu"), *pipelines]
+        torch.testing.assert_close(left["predict_action"](*loop, use_amp=False, task="push the robot"), ours)
