@@ -1,4 +1,4 @@
-"""A table of every family × every scheme, made of tiny models with random weights, each verified in a fresh process.
+"""A Markdown table of every family × every scheme: tiny random models, each verified in a fresh process.
 
     python scripts/family_table.py [PART OF A NAME ...]
 
@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from tiny_families import SCHEMES, TINY, Outcome, quantized
 from transformers.utils import logging
 
-from vlaquant.plan import format_table
-
 _HEADING = ("family", "scheme", "quantized", "kept float", "dead", "bytes", "not covered", "error", "another process")
+_SHORT = {"equal bit for bit": "equal"}
 
 
 def row(name: str, scheme: str, outcome: Outcome) -> tuple[str, ...]:
@@ -38,7 +37,7 @@ def row(name: str, scheme: str, outcome: Outcome) -> tuple[str, ...]:
         f"{plan.bytes_before:,} → {plan.bytes_after:,}",
         f"{left:,}",
         f"{outcome.error:.2%}",
-        f"{outcome.verified}, {'as in memory' if outcome.same else 'NOT as in memory'}",
+        f"{_SHORT.get(outcome.verified, outcome.verified)}; {'as in memory' if outcome.same else 'NOT as in memory'}",
     )
 
 
@@ -58,7 +57,8 @@ def main() -> None:
             for scheme in SCHEMES:
                 rows.append(row(name, scheme, quantized(name, scheme, directory, Path(folder, scheme))))
                 print(f"{name}, {scheme}", file=sys.stderr)
-    print(format_table(rows))
+    rows.insert(1, ("---",) * len(_HEADING))
+    print("\n".join(f"| {' | '.join(one)} |" for one in rows))
 
 
 if __name__ == "__main__":

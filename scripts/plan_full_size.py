@@ -1,9 +1,10 @@
 """Plans for policies at their published sizes, without their weights: what is covered, what is not, and how many bytes.
 
-python scripts/plan_full_size.py [MODEL …] [--json FILE] [--written DIRECTORY]
+python scripts/plan_full_size.py [MODEL …] [--json FILE] [--written DIRECTORY] [--write DIRECTORY]
 
 Every parameter is in the plan, which is checked. Sizes are those of bfloat16 weights. ``--written`` is a directory that
-``configs/openvla_small.yaml`` made of an OpenVLA-7B; its weight files are compared with the prediction.
+``configs/openvla_small.yaml`` made of an OpenVLA-7B; its weight files are compared with the prediction. ``--write``
+gives models of transformers' classes random weights, quantizes them in memory into folders there, and compares those.
 """
 
 import argparse
@@ -12,9 +13,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from full_size_models import MODELS, build
 from torch import nn
+from transformers import PreTrainedModel
 
+import vlaquant
 from vlaquant.checkpoint import read_manifest, weight_files
 from vlaquant.families import family_of_model
 from vlaquant.plan import Plan, make_plan
@@ -105,11 +109,24 @@ def compare(directory: Path, plan: Plan) -> dict[str, Any]:
     return {"predicted": plan.bytes_after, "written": written, "ratio": round(written / plan.bytes_after, 6)}
 
 
+def write(name: str, plan: Plan, directory: Path) -> dict[str, Any]:
+    """Quantize random weights by the recipe of the plan, and :func:`compare` the directory."""
+    model = build(name).to_empty(device="cpu")
+    assert isinstance(model, PreTrainedModel)
+    model.tie_weights()  # parameters that left the meta device came apart
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.02, generator=draw)
+    vlaquant.quantize(model, RECIPES[name], output=directory)
+    return compare(directory, plan)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print plans for policies at their published sizes.")
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what the tables say here too")
     parser.add_argument("--written", type=Path, metavar="DIR", help="a quantized OpenVLA-7B to compare with")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="folder for quantized models with random weights")
     args = parser.parse_args()
     unknown = sorted(set(args.models) - set(MODELS))
     if unknown:
@@ -120,6 +137,9 @@ def main() -> None:
         found[name] = facts(model, plan)
         size = f"{plan.bytes_before / 1e9:.2f} GB → {plan.bytes_after / 1e9:.2f} GB"
         print(f"{name}: {found[name]['parameters'] / 1e6:,.2f} M parameters, {size}\n\n{plan}\n")
+        if args.write is not None and isinstance(model, PreTrainedModel):
+            found[name]["checkpoint"] = write(name, plan, args.write / name)
+            print(f"{name}: {found[name]['checkpoint']}\n")
         if args.written is not None and name == "OpenVLA-7B":
             found[name]["checkpoint"] = compare(args.written, plan)
             print(f"{args.written.name}: {found[name]['checkpoint']}\n")
