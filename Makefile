@@ -13,13 +13,14 @@ help: ## list the targets
 demo: $(STAMP) ## quantize the shipped policy, verify the result and compare how it acts
 	@scripts/demo.sh
 test: check ## everything that a change must pass
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 check: $(STAMP) ## lint, format, types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 format: $(STAMP) ## mend what can be mended automatically
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 bench: $(STAMP) ## measure kernels, how calibration grows, and resuming; writes bench/results
-	$(BIN)/python bench/linear_kernels.py
+	$(BIN)/vlaquant bench --shapes 2048x2048,4096x4096 --json bench/results/kernels_float32.json
+	$(BIN)/vlaquant bench --shapes 2048x2048,4096x4096 --dtype bfloat16 --json bench/results/kernels_bfloat16.json
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/kill_resume.py --model examples/demo_policy --config configs/demo_w4a16_gptq.yaml \
 		--json bench/results/kill_resume_demo.json
@@ -39,14 +40,14 @@ lerobot-notebook: $(LEROBOT)/.notebooks ## run the notebook that needs LeRobot
 clean: ## remove the environment and everything that was built
 	rm -rf .venv $(LEROBOT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard vlaquant/kernels/native/*.[ch])
 	@echo "Installing vlaquant and its tested dependencies into .venv (minutes, once) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[eval,dev]'
 	@touch $@
 
-$(LEROBOT)/.installed: pyproject.toml constraints-lerobot.txt
+$(LEROBOT)/.installed: pyproject.toml setup.py constraints-lerobot.txt $(wildcard vlaquant/kernels/native/*.[ch])
 	@echo "Installing vlaquant and LeRobot into $(LEROBOT) (minutes, once; on Linux PyPI's torch brings gigabytes of CUDA) ..."
 	@$(LEROBOT_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 		{ echo "LeRobot needs Python 3.12 or newer: make lerobot LEROBOT_PYTHON=/path/to/python3.12"; exit 1; }

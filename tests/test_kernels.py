@@ -225,13 +225,18 @@ def test_a_wrong_layout_is_noticed(broken: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_kernels_take_strided_inputs(kernel: Kernel) -> None:
-    scheme, dtype = (PRESETS["w8a8"], torch.float32) if kernel is ONEDNN_INT8 else (W4A16_G32, torch.bfloat16)
+    scheme, dtype = (PRESETS["w8a8"], torch.float32) if "int8" in kernel.name else (W4A16_G32, torch.bfloat16)
     layer = layer_of(scheme, 16, 32, dtype=dtype)
     if kernel.why_not(layer.query()) is not None:
         pytest.skip(str(kernel.why_not(layer.query())))
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert torch.equal(run(kernel, layer, x.T), run(kernel, layer, x.T.contiguous()))
     assert torch.equal(run(kernel, layer, x.T[::2]), run(kernel, layer, x.T)[::2])
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlaquant.kernels.native.find_library", lambda: "was not built")
 
 
 def query(scheme: Scheme, **changes: object) -> Query:
@@ -264,6 +269,7 @@ def test_the_reason_is_told(kernel: Kernel, scheme: Scheme, changes: dict[str, o
     assert re.search(reason, str(dict(explain(asked))[kernel.name]))
 
 
+@pytest.mark.usefixtures("without_native")
 @pytest.mark.parametrize(
     ("probe", "value", "scheme", "reason"),
     [
@@ -281,6 +287,7 @@ def test_a_cpu_without_the_instructions(
     assert any(why is not None and reason in why for _, why in explain(asked))
 
 
+@pytest.mark.usefixtures("without_native")
 def test_an_older_torch_cannot_tell_about_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     torch_cpu._has_vnni.cache_clear()
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
@@ -292,7 +299,9 @@ def test_an_older_torch_cannot_tell_about_vnni(monkeypatch: pytest.MonkeyPatch) 
 
 @needs_int4pack
 @needs_onednn
-def test_the_fast_kernels_are_chosen() -> None:
+@pytest.mark.usefixtures("without_native")
+def test_the_fast_kernels_of_torch_are_chosen() -> None:
+    assert dict(explain(query(PRESETS["w4a16"])))["native"] == "was not built"
     assert select_kernel(query(PRESETS["w4a16"])) is INT4PACK
     assert select_kernel(query(PRESETS["w8a8"], dtype=torch.float32)) is ONEDNN_INT8
 

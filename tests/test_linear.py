@@ -255,8 +255,12 @@ def test_resident_bytes_count_what_kernels_made() -> None:
     stored = N * K // 2 + N * 2 * 2 + 2 * 8 + N * 2
     assert layer.resident_bytes == stored
     layer(tokens(2, dtype=torch.bfloat16))
-    if select_kernel(layer.query()).name == "int4pack":
+    kernel = select_kernel(layer.query()).name
+    if kernel == "int4pack":
         assert layer.resident_bytes == stored + N * K // 2 + 2 * N * 2 * 2
+    elif kernel == "native":  # rows in blocks of 32, a float32 scale and an int32 offset a group, and a struct
+        rows = -(-N // 32) * 32
+        assert layer.resident_bytes == stored + rows * K // 2 + rows * 2 * (4 + 4) + 80
     layer.release_()
     assert layer.resident_bytes == stored
 
@@ -268,3 +272,13 @@ def test_repr_names_scheme_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLAQUANT_KERNEL", "reference")
     assert "bias=False, scheme=w8a8, kernel=reference" in repr(layer_of("w8a8", bias=False))
     assert explain(layer.query())[-1] == ("reference", None)
+
+
+def test_an_exchanged_bias_is_used() -> None:
+    layer, x = layer_of("w4_group"), tokens(2)
+    before = layer(x)
+    layer.bias = torch.nn.Parameter(torch.ones(N), requires_grad=False)
+    after = layer(x)
+    layer.bias = None
+    assert not torch.allclose(before, after)
+    assert torch.allclose(after, layer(x) + 1.0, atol=1e-6)

@@ -177,18 +177,24 @@ def _opened(directory: Path, **options: Any) -> Any:
     return PI0ForConditionalGeneration.from_pretrained(directory, local_files_only=True, **options).eval()
 
 
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our layers unpack their weights, as transformers does: equal, bit for bit."""
+    monkeypatch.setenv("VLAQUANT_KERNEL", "reference")
+
+
 _FOUR = [{"part": part, "scheme": "w4a16", "group_size": 32} for part in ("language", "expert")]
 _EIGHT = [{"part": "vision", "scheme": "w8a16"}]
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-def test_transformers_dequantizes_the_same_policy(tmp_path: Path) -> None:
+def test_transformers_dequantizes_the_same_policy(tmp_path: Path, unpacked: None) -> None:
     model = _written(tmp_path / "four", _FOUR)
     opened = _opened(tmp_path / "four", quantization_config=CompressedTensorsConfig(dequantize=True))
     assert torch.equal(PI0.run(opened, _inputs()), PI0.run(model, _inputs()))
 
 
-def test_transformers_unpacks_when_the_policy_is_called(tmp_path: Path) -> None:
+def test_transformers_unpacks_when_the_policy_is_called(tmp_path: Path, unpacked: None) -> None:
     """It does so in a hook of the whole model, which ``sample_actions`` goes around: an error, and no action."""
     model = _written(tmp_path / "four", _FOUR)
     opened, inputs = _opened(tmp_path / "four"), _inputs()

@@ -11,13 +11,24 @@ import os
 
 from vlaquant.errors import VlaquantError
 from vlaquant.kernels.base import Kernel, Query, Stored, quantize_input, unpack
+from vlaquant.kernels.native import NATIVE, NATIVE_INT8
 from vlaquant.kernels.reference import REFERENCE
 from vlaquant.kernels.torch_cpu import INT4PACK, ONEDNN_INT8
+from vlaquant.kernels.triton_w4a16 import TRITON_W4A16
+from vlaquant.kernels.triton_w8a8 import TRITON_W8A8
 
 __all__ = ["KERNELS", "Kernel", "Query", "Stored", "explain", "quantize_input", "select_kernel", "unpack"]
 
 #: In order of preference.
-KERNELS: tuple[Kernel, ...] = (INT4PACK, ONEDNN_INT8, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (
+    NATIVE,
+    NATIVE_INT8,
+    INT4PACK,
+    ONEDNN_INT8,
+    TRITON_W4A16,
+    TRITON_W8A8,
+    REFERENCE,
+)
 
 _VARIABLE = "VLAQUANT_KERNEL"
 

@@ -30,7 +30,7 @@ class _PackedLinear(nn.Module):
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False)
-        self._prepared: dict[torch.dtype, tuple[Kernel, Query, tuple[Tensor, ...]]] = {}
+        self._prepared: dict[torch.dtype, tuple[Kernel, Query, Stored, tuple[Tensor, ...]]] = {}
 
     @property
     def weight(self) -> PackedWeight:
@@ -44,7 +44,7 @@ class _PackedLinear(nn.Module):
     def resident_bytes(self) -> int:
         """Memory that the layer holds now: buffers, bias, and the layouts that kernels made."""
         tensors = [*self.buffers(), *self.parameters()]
-        tensors += [tensor for _, _, prepared in self._prepared.values() for tensor in prepared]
+        tensors += [tensor for _, _, _, prepared in self._prepared.values() for tensor in prepared]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def stored(self) -> Stored:
@@ -82,13 +82,15 @@ class _PackedLinear(nn.Module):
 
     def compute(self, x: Tensor) -> Tensor:
         """:meth:`forward` without its checks and without gradients."""
-        rows = x.reshape(x.shape[:-1].numel(), self.in_features)
+        shape = x.shape
+        rows = x if len(shape) == 2 else x.reshape(shape[:-1].numel(), self.in_features)
         if rows.shape[0] == 0:
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        if x.dtype not in self._prepared:
+            return x.new_empty(*shape[:-1], self.out_features)
+        if x.dtype not in self._prepared or self._prepared[x.dtype][2].bias is not self._parameters["bias"]:
             self.prepare_(x.dtype)
-        kernel, query, prepared = self._prepared[x.dtype]
-        return kernel.run(rows, self.stored(), prepared, query).reshape(*x.shape[:-1], self.out_features)
+        kernel, query, stored, prepared = self._prepared[x.dtype]
+        y = kernel.run(rows, stored, prepared, query)
+        return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -96,7 +98,8 @@ class _PackedLinear(nn.Module):
         """Choose the kernel for activations of ``dtype`` and make its layout; the first forward does so by itself."""
         query = self.query(dtype)
         kernel = select_kernel(query)
-        self._prepared[dtype] = (kernel, query, kernel.prepare(self.stored(), query))
+        stored = self.stored()
+        self._prepared[dtype] = (kernel, query, stored, kernel.prepare(stored, query))
 
     def release_(self) -> None:
         """Drop what kernels made. To be called by whoever writes into the buffers by hand."""
