@@ -32,6 +32,7 @@ ORDER = [
     "result",
     "pipeline",
     "evaluate",
+    "benchmark",
     "report",
     "cli",
 ]

@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from vlaquant.benchmark.action import ActionSettings, bench_action
+from vlaquant.benchmark.doctor import diagnose, report
+from vlaquant.benchmark.shapes import Settings, bench_shapes, parse_schemes, parse_shapes
+from vlaquant.benchmark.tables import action_table, shapes_table
+from vlaquant.benchmark.timing import CLOCKS
 from vlaquant.checkpoint import read_config, read_manifest
 from vlaquant.engine.processes import launched
 from vlaquant.engine.run import RunOptions
@@ -89,7 +96,20 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--layers", action="store_true", help="one line a layer")
     show.set_defaults(command=_plan)
 
-    evaluate = commands.add_parser("eval", help="compare a quantized checkpoint with its float original")
+    _add_eval_arguments(commands.add_parser("eval", help="compare a quantized checkpoint with its float original"))
+    _add_bench_arguments(commands.add_parser("bench", help="measure kernels, or one action of a policy"))
+    doctor = commands.add_parser("doctor", help="print what this machine has, and which kernels run on it")
+    doctor.add_argument("--json", action="store_true", help="print the result as JSON")
+    doctor.set_defaults(command=_doctor)
+
+    inspect = commands.add_parser("inspect", help="print what a quantized checkpoint holds")
+    inspect.add_argument("directory", type=Path)
+    inspect.add_argument("--layers", action="store_true", help="one line a layer")
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--model", type=Path, required=True, help="the quantized directory")
     evaluate.add_argument("--reference", type=Path, required=True, help="the float directory")
     data = evaluate.add_mutually_exclusive_group(required=True)
@@ -102,11 +122,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=Path, help="write the result here too")
     evaluate.set_defaults(command=_evaluate)
 
-    inspect = commands.add_parser("inspect", help="print what a quantized checkpoint holds")
-    inspect.add_argument("directory", type=Path)
-    inspect.add_argument("--layers", action="store_true", help="one line a layer")
-    inspect.set_defaults(command=_inspect)
-    return parser
+
+def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
+    what = bench.add_mutually_exclusive_group(required=True)
+    what.add_argument("model", type=Path, nargs="?", metavar="DIR", help="a checkpoint: measure one action of it")
+    what.add_argument("--shapes", metavar="OUTxIN,...", help="measure kernels on weights such as 4096x11008")
+    bench.add_argument("--rounds", type=int, help="measured rounds (default: 7 for shapes, 20 for a checkpoint)")
+    bench.add_argument("--threads", type=int, help="default: 1 for shapes, all that torch uses for a checkpoint")
+    bench.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: of this process; for busy machines")
+    bench.add_argument("--device", default="cpu", help="such as cuda")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+    kernels = bench.add_argument_group("with --shapes")
+    kernels.add_argument("--tokens", type=_numbers, metavar="N,...", help="rows of the input (default: 1,8,32,50,256)")
+    kernels.add_argument("--schemes", metavar="NAME,...", help="default: w4a16,w8a8,w4a8")
+    kernels.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations (default: float32)")
+    kernels.add_argument("--group-size", type=int, metavar="N", help="of schemes with groups (default: 128)")
+    action = bench.add_argument_group("with DIR")
+    action.add_argument("--reference", type=Path, metavar="DIR", help="a checkpoint to compare with")
+    action.add_argument("--episodes", type=Path, help="recorded episodes with a split 'evaluation'")
+    action.add_argument("--unnorm-key", help="dataset whose action statistics apply, if the policy knows several")
+    action.add_argument("--dtypes", help="of the reference; stored: as on disk (default: float32,bfloat16)")
+    action.add_argument("--model-dtypes", help="of DIR (default: stored)")
+    bench.set_defaults(command=_bench)
 
 
 def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +158,13 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 8GB or 500MiB")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Positive whole numbers such as 1,8,32."""
+    if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} are no positive whole numbers; write them like 1,8,32")
+    return tuple(map(int, text.split(",")))
 
 
 def _model_directory(args: argparse.Namespace, recipe_model: Path | None) -> Path:
@@ -169,10 +213,55 @@ def _evaluate(args: argparse.Namespace) -> None:
             rollouts=args.rollouts,
             unnorm_key=args.unnorm_key,
         )
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _write_json(args.json, result)
     print(table(result))
+
+
+def _write_json(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    common = _given(args, "rounds", "threads")
+    if any(value < 1 for value in common.values()):
+        raise RecipeError("--rounds and --threads must be positive")
+    common |= {"clock": args.clock, "device": args.device}
+    of_shapes = _given(args, "tokens", "schemes", "dtype", "group_size")
+    of_action = _given(args, "reference", "episodes", "unnorm_key", "dtypes", "model_dtypes")
+    misplaced = of_action if args.shapes is not None else of_shapes
+    if misplaced:
+        option = "--" + next(iter(misplaced)).replace("_", "-")
+        raise RecipeError(f"{option} goes with {'DIR' if args.shapes is not None else '--shapes'} only")
+    if args.shapes is not None:
+        result = bench_shapes(
+            Settings(
+                parse_shapes(args.shapes),
+                of_shapes.get("tokens", (1, 8, 32, 50, 256)),
+                parse_schemes(of_shapes.get("schemes", "w4a16,w8a8,w4a8"), of_shapes.get("group_size", 128)),
+                dtype=getattr(torch, of_shapes.get("dtype", "float32")),
+                **common,
+            ),
+            progress=lambda shapes: tqdm(shapes, "shapes", disable=None, leave=False),
+        )
+    else:
+        dtypes: dict[str, Any] = {
+            name: tuple(of_action.pop(name).split(",")) for name in ("dtypes", "model_dtypes") if name in of_action
+        }
+        result = bench_action(ActionSettings(args.model, **of_action, **dtypes, **common))
+    _write_json(args.json, result)
+    print(shapes_table(result) if args.shapes is not None else action_table(result))
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options of these names that were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    diagnosis = diagnose()
+    print(json.dumps(diagnosis, indent=2) if args.json else report(diagnosis))
 
 
 def _inspect(args: argparse.Namespace) -> None:

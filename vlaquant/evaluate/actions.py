@@ -82,11 +82,11 @@ def compare(
     _check_same_actions(candidate, reference)
     policies = {"candidate": candidate, "reference": reference}
     for policy in [*policies.values()] * _WARM_UP_ACTIONS:
-        _ask(policy, observations[0])
+        ask(policy, observations[0])
     answers: dict[str, list[Predictions]] = {who: [] for who in policies}
     for observation in progress(observations):
         for who, policy in policies.items():
-            answers[who].append(_ask(policy, observation))
+            answers[who].append(ask(policy, observation))
     predictions = {who: _joined(found) for who, found in answers.items()}
     error = action_error(predictions["candidate"], predictions["reference"], np.stack(demonstrated))
     latency: dict[str, Any] = {who: percentiles_ms(prediction.seconds) for who, prediction in predictions.items()}
@@ -123,7 +123,7 @@ def action_error(candidate: Predictions, reference: Predictions, demonstrated: N
     )
 
 
-def _ask(model: Any, observation: Observation) -> Predictions:
+def ask(model: Any, observation: Observation) -> Predictions:
     """The answer to one observation, n = 1; seconds are from the observation to the action."""
     if _chooses_tokens(model):
         return _ask_for_tokens(model, observation)
