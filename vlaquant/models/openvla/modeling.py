@@ -20,7 +20,8 @@ from transformers.utils.generic import ModelOutput
 from vlaquant.errors import CalibrationError, CheckpointError
 from vlaquant.models.openvla.actions import ActionTokens, action_statistics, normalize, state_statistics, unnormalize
 from vlaquant.models.openvla.configuration import OpenVLAConfig
-from vlaquant.models.openvla.processing import ImageLike, PrismaticProcessor, prompt
+from vlaquant.models.openvla.decoding import CompiledStep, decode, hidden_states, is_plain
+from vlaquant.models.openvla.processing import ImageLike, PrismaticProcessor, PromptCache
 from vlaquant.models.openvla.regression import ActionHead, ProprioProjector, sees_everything
 from vlaquant.models.openvla.vision import LayerScale, Projector, VisionBackbone, VisionTower
 
@@ -62,6 +63,8 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         self.add_heads_()
         self.action_tokens = ActionTokens(config.n_action_bins, config.action_vocab_size)
         self.processor: PrismaticProcessor | None = None
+        self._compiled_step: CompiledStep | None = None
+        self._prompts = PromptCache()
         self.post_init()  # type: ignore[no-untyped-call]
 
     def add_heads_(self) -> None:
@@ -126,12 +129,11 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         """
         assert input_ids is not None
         features = None
-        embeddings = self.get_input_embeddings()(input_ids)
         if past_key_values is None or past_key_values.get_seq_length() == 0:
             if pixel_values is None:
                 raise CheckpointError("OpenVLA needs pixel_values; a prompt without an image has no action")
             features = self.projector(self.vision_backbone(pixel_values))
-            embeddings = torch.cat([embeddings[:, :1], features.to(embeddings.dtype), embeddings[:, 1:]], dim=1)
+        embeddings = self._embed(input_ids, features)
         output = self.language_model(
             inputs_embeds=embeddings,
             attention_mask=_with_image(attention_mask, self.image_tokens, 1),
@@ -145,6 +147,13 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         return OpenVLAOutput(
             loss=loss, logits=output.logits, past_key_values=output.past_key_values, projector_features=features
         )
+
+    def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """Text [b, t] and, after its first token, the features of the images -> [b, t (+ patches), width]."""
+        text: Tensor = self.get_input_embeddings()(input_ids)
+        if features is None:
+            return text
+        return torch.cat([text[:, :1], features.to(text.dtype), text[:, 1:]], dim=1)
 
     def _loss(self, logits: Tensor, labels: Tensor | None) -> Tensor:
         assert labels is not None
@@ -206,9 +215,7 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
         count = self.config.action_chunk * self.config.action_dim
         empty = text.new_zeros(text.shape[0], count, text.shape[2])
         embeddings = torch.cat([text[:, :1], seen.to(text.dtype), text[:, 1:-1], empty, text[:, -1:]], dim=1)
-        hidden = self.language_model.model(
-            inputs_embeds=embeddings, attention_mask=sees_everything(embeddings), use_cache=False
-        ).last_hidden_state
+        hidden = hidden_states(self.language_model, embeddings, sees_everything(embeddings))
         actions: Tensor = self.action_head(hidden[:, -count - 2 : -2])
         return actions
 
@@ -230,15 +237,32 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
                     f"config.json lists {queries.shape[1]} `action_query_token_ids` but the action has {count} tokens "
                     f"(action_chunk={self.config.action_chunk} × dimension); check them and the norm_stats"
                 )
-            logits: Tensor = self(torch.cat([input_ids, queries], 1), pixel_values=pixel_values, use_cache=False).logits
-            return logits[0, -count:].argmax(dim=-1)
-        tokens: list[Tensor] = []
-        step = self(input_ids, pixel_values=pixel_values, use_cache=True)
-        for _ in range(count):
-            tokens.append(step.logits[:, -1:].argmax(dim=-1))  # [1, 1]
-            if len(tokens) < count:
-                step = self(tokens[-1], past_key_values=step.past_key_values, use_cache=True)
-        return torch.cat(tokens, dim=1)[0]
+            input_ids = torch.cat([input_ids, queries], dim=1)
+        embeddings = self._embed(input_ids, self.projector(self.vision_backbone(pixel_values)))
+        if self.config.action_decoding == "autoregressive":
+            return decode(self.language_model, embeddings, count, self._compiled_step)
+        logits: Tensor = self.language_model.lm_head(hidden_states(self.language_model, embeddings)[:, -count:])
+        return logits[0].argmax(dim=-1)
+
+    def compile_decoding_(self, backend: str = "inductor") -> None:
+        """Compile the step that makes one token from the last, at the next action: minutes once, then faster.
+
+        On a GPU the default backend replays CUDA graphs. Logits differ from those of the plain step by their rounding,
+        as attention then covers a cache of fixed length and a backend may round less often.
+
+        Args:
+            backend: of ``torch.compile``; ``inductor`` needs a compiler.
+
+        Raises:
+            CheckpointError: a policy whose tokens do not follow one another.
+        """
+        if self.config.action_decoding != "autoregressive":
+            raise CheckpointError(
+                f"action_decoding={self.config.action_decoding!r}: this policy has no step to compile"
+            )
+        if not is_plain(self.language_model):
+            raise CheckpointError("only the steps of a Llama with sdpa attention, without hooks, can be compiled")
+        self._compiled_step = CompiledStep(backend)
 
     def encode(self, images: ImageLike | Sequence[ImageLike], instruction: str) -> tuple[Tensor, Tensor]:
         """``input_ids`` [1, t], ended by the empty token as in training, and ``pixel_values``, on the model's device.
@@ -254,11 +278,12 @@ class OpenVLAForActionPrediction(PreTrainedModel, GenerationMixin):
                 f"{len(seen)} images for a policy with {self.config.num_images_in_input} cameras "
                 "(num_images_in_input in config.json); give one of each, in the order of its training"
             )
-        input_ids = self.processor.tokenizer(prompt(instruction), return_tensors="pt")["input_ids"]
-        if int(input_ids[0, -1]) != self.config.empty_token_id:
-            input_ids = torch.cat([input_ids, torch.tensor([[self.config.empty_token_id]])], dim=1)
+        tokens = self._prompts.tokens(self.processor.tokenizer, instruction)
+        if tokens[-1] != self.config.empty_token_id:
+            tokens = [*tokens, self.config.empty_token_id]
         pixels = self.processor.image_processor.preprocess(seen)["pixel_values"]
-        return input_ids.to(self.device), pixels.flatten(0, 1).unsqueeze(0).to(self.device)
+        device = self.device
+        return torch.tensor([tokens], device=device), pixels.flatten(0, 1).unsqueeze(0).to(device)
 
     def encode_state(self, state: NDArray[np.float64] | None, unnorm_key: str | None = None) -> Tensor | None:
         """The robot's state, normalised [1, state dimension]; None for policies that take none.

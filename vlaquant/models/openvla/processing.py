@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -22,6 +21,31 @@ _INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resamp
 def prompt(instruction: str) -> str:
     """The question that OpenVLA was trained with."""
     return f"In: What action should the robot take to {instruction.lower()}?\nOut:"
+
+
+class PromptCache:
+    """The tokens of the instructions that were last asked for, as a robot gets the same one many times in a row.
+
+    It belongs to one tokenizer, and forgets everything when it meets another or one with more tokens.
+    """
+
+    SIZE = 32
+
+    def __init__(self) -> None:
+        self._tokenizer: tuple[PreTrainedTokenizerBase | None, int] = (None, 0)
+        self._tokens: dict[str, list[int]] = {}
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[int]:
+        """Token ids of the instruction's prompt; not to be changed."""
+        if self._tokenizer[0] is not tokenizer or self._tokenizer[1] != len(tokenizer):
+            self._tokenizer, self._tokens = (tokenizer, len(tokenizer)), {}
+        tokens = self._tokens.get(instruction)
+        if tokens is None:
+            tokens = tokenizer(prompt(instruction))["input_ids"]
+            if len(self._tokens) == self.SIZE:
+                del self._tokens[next(iter(self._tokens))]
+            self._tokens[instruction] = tokens
+        return tokens
 
 
 class PrismaticImageProcessor(BaseImageProcessor):
@@ -68,18 +92,18 @@ class PrismaticImageProcessor(BaseImageProcessor):
     def preprocess(self, images: ImageLike | Sequence[ImageLike], **kwargs: Any) -> BatchFeature:
         """Images -> ``pixel_values`` float32 [b, 3 or 6, height, width]."""
         batch = images if isinstance(images, Sequence) else [images]
-        return BatchFeature({"pixel_values": torch.stack([self._pixels(_as_pil(image)) for image in batch])})
+        return BatchFeature({"pixel_values": torch.from_numpy(np.stack([self._pixels(_as_pil(one)) for one in batch]))})
 
-    def _pixels(self, image: Image.Image) -> Tensor:
-        return torch.cat([self._tower_pixels(image, tower) for tower in range(len(self.input_sizes))])
-
-    def _tower_pixels(self, image: Image.Image, tower: int) -> Tensor:
-        applied = self.tvf_normalize_params[tower]
-        mean = np.asarray(applied["mean"], dtype=np.float32)
-        std = np.asarray(applied["std"], dtype=np.float32)
-        resized = self._resize(image, self.input_sizes[tower][-1], _INTERPOLATIONS[self.interpolations[tower]])
-        values = (np.asarray(resized, dtype=np.float32) / np.float32(255.0) - mean) / std
-        return torch.from_numpy(values).permute(2, 0, 1).contiguous()
+    def _pixels(self, image: Image.Image) -> NDArray[np.float32]:
+        """float32 [3 or 6, height, width]; towers that read one size share the resized image."""
+        resized: dict[tuple[int, str], NDArray[np.uint8]] = {}
+        towers = []
+        for tower, (*_, size) in enumerate(self.input_sizes):
+            key = size, self.interpolations[tower]
+            if key not in resized:
+                resized[key] = np.asarray(self._resize(image, size, _INTERPOLATIONS[key[1]]))
+            towers.append(_normalized(resized[key], self.tvf_normalize_params[tower]))
+        return np.concatenate(towers)
 
     def _resize(self, image: Image.Image, size: int, how: Image.Resampling) -> Image.Image:
         if self.image_resize_strategy == "resize-naive":
@@ -92,8 +116,19 @@ class PrismaticImageProcessor(BaseImageProcessor):
         return grown.crop((left, top, left + size, top + size))
 
 
+def _normalized(pixels: NDArray[np.uint8], applied: Mapping[str, Any]) -> NDArray[np.float32]:
+    """[height, width, 3] in 0 to 255 -> [3, height, width]; channels first, so that numpy's inner loops are long."""
+    mean, std = (np.asarray(applied[name], dtype=np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
+    values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+    values /= np.float32(255.0)
+    values -= mean
+    values /= std
+    return values
+
+
 def _as_pil(image: ImageLike) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(image).convert("RGB")
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _letterbox(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:

@@ -4,6 +4,8 @@ Features are the output of the second-to-last block, before the final norm, patc
 and the pooling head hold weights that never reach an action. They exist because checkpoints contain them.
 """
 
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -138,7 +140,7 @@ class VisionTower(nn.Module):
         x = self.patch_embed(pixels) + self.pos_embed
         prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         x = torch.cat([*prefix, x], dim=1)
-        for block in self.blocks[:-1]:
+        for block in islice(self.blocks, len(self.blocks) - 1):
             x = block(x)
         patches: Tensor = x[:, self.prefix_tokens :]
         return patches
