@@ -220,6 +220,7 @@ def test_the_doctor_shows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         "instruction_sets": {"AVX2": True, "AMX": False},
         "gpus": [{"name": "Made Up GPU", "capability": "8.7", "memory_bytes": 16 * 2**30}],
         "compiler": None,
+        "native_kernels": "was not built",
     }
     monkeypatch.setattr(doctor, "machine", lambda: facts)
     diagnosis = diagnose()

@@ -97,6 +97,7 @@ def _facts(found: dict[str, Any]) -> list[str]:
         ],
         *([] if found["gpus"] else [("GPU", "none that torch can use (CUDA)")]),
         ("compiler", found["compiler"] or "none found (cc, gcc, clang or $CC)"),
+        ("native", found["native_kernels"]),
         ("versions", f"Python {found['python']}, {', '.join(installed)}"),
         ("commit", found["commit"] or "not run from a git checkout"),
     ]

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from vlaquant.kernels.native.library import find_library
+
 #: Instruction set -> names that an operating system has for it; all of one alternative must be there.
 _INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], ...]] = {
     "AVX2": (("avx2",),),
@@ -29,6 +31,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNKNOWN_CACHE = 32 * 2**20
 _PACKAGES = ("vlaquant", "torch", "transformers", "triton", "torchao", "onnxruntime", "openvino", "auto-round-lib")
+_VARIABLES = ("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "VLAQUANT_KERNEL", "VLAQUANT_ISA")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -47,12 +50,19 @@ def machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus(),
         "compiler": compiler(),
+        "native_kernels": native_kernels(),
         "python": platform.python_version(),
         "versions": versions(_PACKAGES),
         "commit": commit(),
         "environment": {
             name: os.environ[name]
-            for name in ("OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "VLAQUANT_KERNEL")
+            for name in (
+                "OMP_NUM_THREADS",
+                "ONEDNN_MAX_CPU_ISA",
+                "ATEN_CPU_CAPABILITY",
+                "VLAQUANT_KERNEL",
+                "VLAQUANT_ISA",
+            )
             if name in os.environ
         },
     }
@@ -105,6 +115,15 @@ def gpus() -> list[dict[str, Any]]:
         {"name": one.name, "capability": f"{one.major}.{one.minor}", "memory_bytes": one.total_memory}
         for one in properties
     ]
+
+
+def native_kernels() -> str:
+    """The instruction set that they use and whose threads, or why there are none."""
+    found = find_library()
+    if isinstance(found, str):
+        return found
+    threads = "torch's threads" if found.threads else "one thread: no OpenMP runtime with GOMP_parallel is loaded"
+    return f"{found.instruction_set}, {threads}"
 
 
 def compiler() -> str | None:
