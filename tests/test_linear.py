@@ -258,9 +258,9 @@ def test_resident_bytes_count_what_kernels_made() -> None:
     kernel = select_kernel(layer.query()).name
     if kernel == "int4pack":
         assert layer.resident_bytes == stored + N * K // 2 + 2 * N * 2 * 2
-    elif kernel == "native":  # rows in blocks of 32, a float32 scale and an int32 offset a group, and a struct
+    elif kernel == "native":  # in place of the codes; rows in blocks of 32, a scale and an offset a group, and a struct
         rows = -(-N // 32) * 32
-        assert layer.resident_bytes == stored + rows * K // 2 + rows * 2 * (4 + 4) + 80
+        assert layer.resident_bytes == stored - N * K // 2 + rows * K // 2 + rows * 2 * (4 + 4) + 80
     layer.release_()
     assert layer.resident_bytes == stored
 
@@ -282,3 +282,23 @@ def test_an_exchanged_bias_is_used() -> None:
     layer.bias = None
     assert not torch.allclose(before, after)
     assert torch.allclose(after, layer(x) + 1.0, atol=1e-6)
+
+
+@every_scheme
+def test_codes_that_a_layout_holds_are_in_the_state(name: str) -> None:
+    layer = layer_of(name)
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    float_weight = layer.dequantize()
+    wanted = layer(tokens(2))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32):  # float64 has the reference kernel only
+        layer(tokens(2, dtype=dtype))
+        assert torch.equal(layer.dequantize(), float_weight)
+    assert torch.equal(layer(tokens(2)), wanted)
+    assert torch.equal(copy.deepcopy(layer)(tokens(2)), wanted)
+    with torch.inference_mode():
+        layer(tokens(2))
+    after = layer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], tensor) and not after[key].is_inference() for key, tensor in before.items())
+    layer.load_state_dict(before)
+    assert torch.equal(layer(tokens(2)), wanted)

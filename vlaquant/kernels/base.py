@@ -63,12 +63,15 @@ class Kernel:
         why_not: the reason why it cannot be used, or None if it can.
         prepare: makes the layout that it reads, once a layer; an empty tuple if it reads what is stored.
         run: (x [t, k] with t >= 1, stored, prepared, query) -> [t, n] in the dtype of x.
+        restore: codes int8 [n, k] from ``prepared``. Where there is such a function, ``run`` does without
+            ``stored.weight``, one layout serves all dtypes, and the layer does not hold the stored weight beside it.
     """
 
     name: str
     why_not: Callable[[Query], str | None]
     prepare: Callable[[Stored, Query], tuple[Tensor, ...]]
     run: Callable[[Tensor, Stored, tuple[Tensor, ...], Query], Tensor]
+    restore: Callable[[tuple[Tensor, ...], Query], Tensor] | None = None
 
 
 def unpack(stored: Stored, query: Query) -> QuantizedWeight:

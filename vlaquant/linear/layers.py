@@ -3,7 +3,7 @@
 Letters: n out, k in, g groups, t tokens.
 """
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,16 @@ from vlaquant.scheme import Granularity, QuantSpec, Scheme
 
 
 class _PackedLinear(nn.Module):
-    """What both kinds share: all but the buffers."""
+    """What both kinds share: all but the buffers.
+
+    The codes are held once. After the first forward they may lie in a kernel's layout only: then the buffer is None,
+    and ``state_dict``, ``dequantize``, copies and moves make it again.
+    """
 
     weight_scale: Tensor
     bias: nn.Parameter | None
+    #: Name of the buffer that holds the codes, unless a kernel's layout holds them.
+    _codes: ClassVar[str]
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -45,7 +51,7 @@ class _PackedLinear(nn.Module):
         """Memory that the layer holds now: buffers, bias, and the layouts that kernels made."""
         tensors = [*self.buffers(), *self.parameters()]
         tensors += [tensor for _, _, _, prepared in self._prepared.values() for tensor in prepared]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
     def stored(self) -> Stored:
         """The tensors as a kernel takes them."""
@@ -98,12 +104,38 @@ class _PackedLinear(nn.Module):
         """Choose the kernel for activations of ``dtype`` and make its layout; the first forward does so by itself."""
         query = self.query(dtype)
         kernel = select_kernel(query)
+        made = [layout for known, _, _, layout in self._prepared.values() if known is kernel and kernel.restore]
         stored = self.stored()
-        self._prepared[dtype] = (kernel, query, stored, kernel.prepare(stored, query))
+        prepared = made[0] if made else kernel.prepare(stored, query)
+        if kernel.restore is None:
+            self._buffers[self._codes] = stored.weight
+        else:
+            stored = stored._replace(weight=stored.weight.new_empty(0))
+        self._prepared[dtype] = (kernel, query, stored, prepared)
+        if all(known.restore is not None for known, *_ in self._prepared.values()):
+            self._buffers[self._codes] = None
 
     def release_(self) -> None:
-        """Drop what kernels made. To be called by whoever writes into the buffers by hand."""
+        """Drop what kernels made; codes that only a layout holds become a buffer again.
+
+        To be called by whoever writes into the buffers by hand, before doing so.
+        """
+        with torch.inference_mode(mode=False):
+            self._buffers[self._codes] = self.stored().weight
         self._prepared.clear()
+
+    def _code_tensor(self) -> Tensor:
+        """The codes as the format has them, from a kernel's layout where only that holds them."""
+        codes = self._buffers[self._codes]
+        if codes is not None:
+            return codes
+        kernel, query, _, prepared = next(iter(self._prepared.values()))
+        assert kernel.restore is not None
+        return self._as_stored(kernel.restore(prepared, query))
+
+    def _as_stored(self, codes: Tensor) -> Tensor:
+        """Codes int8 [n, k] as the format has them."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """As of ``nn.Linear``, with the scheme and the kernel for activations in the layer's dtype."""
@@ -114,7 +146,12 @@ class _PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Kernel layouts can be opaque to copying and pickling, and are cheap to make again
+        self.release_()
         return {**self.__dict__, "_prepared": {}}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release_()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - the signature of nn.Module
         self.release_()
@@ -136,7 +173,7 @@ class W4A16Linear(_PackedLinear):
         PlanError: k is not a multiple of the group size.
     """
 
-    weight_packed: Tensor
+    _codes = "weight_packed"
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(in_features, out_features, scheme, bias=bias, dtype=dtype)
@@ -155,7 +192,10 @@ class W4A16Linear(_PackedLinear):
     def stored(self) -> Stored:
         """The tensors as a kernel takes them."""
         zero = self._buffers.get("weight_zero_point")
-        return Stored(self.weight_packed, self.weight_scale, zero, None, None, self.bias)
+        return Stored(self._code_tensor(), self.weight_scale, zero, None, None, self.bias)
+
+    def _as_stored(self, codes: Tensor) -> Tensor:
+        return pack_rows(codes, self.scheme.weight.bits)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         shape = state_dict.get(f"{prefix}weight_shape")
@@ -178,6 +218,8 @@ class W8A8Linear(_PackedLinear):
         PlanError: k is not a multiple of the group size.
     """
 
+    _codes = "weight"
+
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(in_features, out_features, scheme, bias=bias, dtype=dtype)
         assert scheme.activation is not None
@@ -196,13 +238,16 @@ class W8A8Linear(_PackedLinear):
         """The tensors as a kernel takes them."""
         buffers = self._buffers
         return Stored(
-            weight=cast("Tensor", buffers["weight"]),
+            weight=self._code_tensor(),
             scale=self.weight_scale,
             zero=buffers.get("weight_zero_point"),
             input_scale=buffers.get("input_scale"),
             input_zero=buffers.get("input_zero_point"),
             bias=self.bias,
         )
+
+    def _as_stored(self, codes: Tensor) -> Tensor:
+        return codes
 
 
 QuantLinear = W4A16Linear | W8A8Linear

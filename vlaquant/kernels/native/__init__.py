@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlaquant.kernels.base import Kernel, Query, Stored, unpack
-from vlaquant.kernels.native.layout import make_layout
+from vlaquant.kernels.native.layout import make_layout, read_codes
 from vlaquant.kernels.native.library import Library, find_library, multiply
 
 __all__ = ["NATIVE", "NATIVE_INT8"]
@@ -86,5 +86,11 @@ def _run(x: Tensor, stored: Stored, prepared: tuple[Tensor, ...], query: Query) 
     return multiply(_loaded().linear, x, layer, stored.bias, query.out_features, integer=integer)
 
 
-NATIVE = Kernel("native", _float_why_not, _prepare, _run)
-NATIVE_INT8 = Kernel("native_int8", _int8_why_not, _prepare, _run)
+def _restore(prepared: tuple[Tensor, ...], query: Query) -> Tensor:
+    weight = query.scheme.weight
+    n, k = query.out_features, query.in_features
+    return read_codes(prepared[1], n, k, weight.group_size or k, weight.bits)
+
+
+NATIVE = Kernel("native", _float_why_not, _prepare, _run, _restore)
+NATIVE_INT8 = Kernel("native_int8", _int8_why_not, _prepare, _run, _restore)

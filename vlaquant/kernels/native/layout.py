@@ -90,3 +90,14 @@ def _words(codes: Tensor, bits: int) -> Tensor:
         unsigned = low | high << 4
     words: Tensor = unsigned.permute(0, 2, 3, 1, 4).contiguous().flatten(2).unflatten(2, (-1, _ROWS))
     return words
+
+
+def read_codes(weight: Tensor, n: int, k: int, group: int, spec_bits: int) -> Tensor:
+    """Signed codes int8 [n, k] of a layout's ``weight``: the inverse of what :func:`make_layout` did to them."""
+    blocks, groups = weight.shape[:2]
+    bits = 4 if spec_bits <= 4 else 8
+    unsigned = weight.reshape(blocks, groups, -1, _ROWS, 4).permute(0, 3, 1, 2, 4)
+    if bits == 4:
+        unsigned = torch.stack([unsigned & 15, unsigned >> 4], dim=4)
+    codes = unsigned.reshape(blocks * _ROWS, groups, -1)[:n, :, :group].reshape(n, k)
+    return (codes - (1 << (bits - 1))).view(torch.int8)
