@@ -159,6 +159,7 @@ int main(int count, char **arguments) {
             if (one_call()) return 1;
         }
         printf("%s: %ld calls\n", vq_set_name(i), calls);
+        fflush(stdout);
     }
     return 0;
 }
