@@ -143,6 +143,17 @@ def test_strides_one_row_and_one_column(instruction_set: str, preset: str) -> No
     assert run(kernel, one, torch.ones(1, 1)).shape == (1, 1)
 
 
+@pytest.mark.parametrize("preset", ["w4a16", "w8a8"])
+def test_a_bias_of_any_dtype_and_stride(preset: str) -> None:
+    layer, x = layer_of(PRESETS[preset], 40, 128), tokens(3, 128)
+    plain = layer(x)
+    assert layer.bias is not None
+    for bias in (layer.bias.double(), layer.bias.detach().repeat_interleave(2)[::2], layer.bias.half().float()):
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+        assert torch.allclose(layer(x), plain, atol=2e-3)
+    assert not torch.equal(layer(x), plain), "the last one was rounded"
+
+
 def test_values_that_are_not_finite_stay_in_their_token(instruction_set: str) -> None:
     for scheme, kernel in ((W4.with_weight(group_size=32, symmetric=False), NATIVE), (PRESETS["w8a8"], NATIVE_INT8)):
         layer = layer_of(scheme, 40, 64)

@@ -130,6 +130,8 @@ def multiply(
     """
     if x.stride(1) != 1:
         x = x.contiguous()
+    if bias is not None and (bias.dtype not in _DTYPES or not bias.is_contiguous()):
+        bias = bias.to(torch.float32).contiguous()
     y = x.new_empty(x.shape[0], rows)
     failed = function(
         layer.data_ptr(),
