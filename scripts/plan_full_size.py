@@ -111,12 +111,14 @@ def compare(directory: Path, plan: Plan) -> dict[str, Any]:
 
 def write(name: str, plan: Plan, directory: Path) -> dict[str, Any]:
     """Quantize random weights by the recipe of the plan, and :func:`compare` the directory."""
-    model = build(name).to_empty(device="cpu")
-    assert isinstance(model, PreTrainedModel)
-    model.tie_weights()  # parameters that left the meta device came apart
-    draw = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.normal_(0.0, 0.02, generator=draw)
+    model, draw = build(name), torch.Generator().manual_seed(0)
+    drawn: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter not in drawn:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(0.0, 0.02, generator=draw)
+                drawn[parameter] = nn.Parameter(values, requires_grad=False)
+            setattr(module, leaf, drawn[parameter])
     vlaquant.quantize(model, RECIPES[name], output=directory)
     return compare(directory, plan)
 
