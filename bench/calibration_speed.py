@@ -97,12 +97,13 @@ def contest(args: argparse.Namespace, method: str, dtype: str, tokens: list[Tens
     model = copy_as(dtype, args.model, work / "model")
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     peer = {
-        "gptq": ("llmcompressor", [str(args.llmcompressor_python), str(PEERS / "llmcompressor_gptq.py")]),
+        "gptq": ("llmcompressor", [str(args.llmcompressor_python), str(PEERS / "llmcompressor_oneshot.py")]),
         "awq": ("naive_loop", [sys.executable, str(PEERS / "naive_awq.py")]),
     }[method]
     commands = {"vlaquant": [sys.executable, __file__, "--run"], peer[0]: peer[1]}
     settings = {"model": str(model), "threads": args.threads, "method": method, "blocks": args.awq_blocks}
-    settings |= {"bits": BITS, "group_size": GROUP_SIZE, "damp": DAMP, "tokens": str(work / "tokens.safetensors")}
+    settings |= {"bits": BITS, "group_size": GROUP_SIZE, "activation_bits": None, "damp": DAMP}
+    settings |= {"tokens": str(work / "tokens.safetensors")}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for repeat in range(args.repeats):
         save_file({"tokens": tokens[repeat]}, work / "tokens.safetensors")

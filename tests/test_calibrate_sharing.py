@@ -101,9 +101,9 @@ def test_small_calls_are_counted_together_within_a_sample(monkeypatch: pytest.Mo
     counted: list[int] = []
     add = RunningStats.add_
 
-    def noted(self: RunningStats, rows: Tensor, keys: Tensor) -> None:
+    def noted(self: RunningStats, rows: Tensor, keys: Tensor, weights: Tensor | None) -> None:
         counted.append(len(rows))
-        add(self, rows, keys)
+        add(self, rows, keys, weights)
 
     monkeypatch.setattr(RunningStats, "add_", noted)
     model, x = nn.ModuleList([nn.Linear(4, 2)]), torch.randn(70, 4)

@@ -57,8 +57,8 @@ def test_streamed_statistics_match_naive_ones() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("strip / self.tokens", "strip / (self.tokens - 1)"),
-        ("start + _STRIP].T @ rows[:, start:]", "start + _STRIP].T @ rows[:, start:].abs()"),
+        ("strip / self._total", "strip / (self._total - 1)"),
+        ("start + _STRIP].T @ scaled[:, start:]", "start + _STRIP].T @ scaled[:, start:].abs()"),
         ("start = i * _STRIP", "start = 0 * _STRIP"),
         ("= upper.T", "= upper.T.abs()"),
         ("corner.triu() + corner.triu(1).T", "corner.triu()"),

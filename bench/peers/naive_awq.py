@@ -5,7 +5,7 @@
 For each of the four groups of a block and each of the grid's ratios: scale the weights, round them to the grid, run the
 block's own part (the attention, the MLP or the Linear) on all samples, and keep the ratio whose outputs are closest
 (Lin et al. 2023, equation 4). Then every weight is rounded once more. There is no clipping. Settings as for
-``llmcompressor_gptq.py``, and ``blocks``. The last line of output is JSON.
+``llmcompressor_oneshot.py``, and ``blocks``. The last line of output is JSON.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Which tokens of a layer's input count: padding and the images of missing cameras do not."""
+"""Which tokens of a layer's input count, and how much: padding and the images of missing cameras do not."""
 
 import math
 
@@ -42,6 +42,35 @@ def counted_rows(layer: str, x: Tensor, mask: Tensor | None, *, turn: int = 0) -
             "leaves tokens out, does not fit that; the family's token_masks must be as its layers read them"
         )
     return rows[counts.to(x.device)]
+
+
+def counted_weights(
+    layer: str, x: Tensor, mask: Tensor | None, weights: Tensor | None, *, turn: int = 0
+) -> Tensor | None:
+    """What the rows that :func:`counted_rows` gives weigh, [rows] float32; None if all weigh 1.
+
+    Args:
+        layer: as there.
+        x: as there.
+        mask: as there.
+        weights: float, ≥ 0, of the shape that a mask has.
+        turn: as there.
+
+    Raises:
+        CalibrationError: weights that are negative, not finite, or of another shape.
+    """
+    if weights is None:
+        return None
+    fitted = _fitted(weights, x, turn)
+    if fitted is None:
+        raise CalibrationError(
+            f"{layer}: its input has the shape {tuple(x.shape)}, and the token weights, {tuple(weights.shape)}, do not "
+            "fit that; the family's token_types must be as its layers read them"
+        )
+    fitted = fitted.to(device=x.device, dtype=torch.float32)
+    if not bool((fitted >= 0).all() and fitted.isfinite().all()):
+        raise CalibrationError(f"{layer}: token weights must be 0 or more and finite, got {float(fitted.min())} …")
+    return counted_rows(layer, fitted.reshape(*x.shape[:-1], 1), mask, turn=turn).squeeze(-1)
 
 
 def _fitted(mask: Tensor, x: Tensor, turn: int) -> Tensor | None:

@@ -1,20 +1,36 @@
 """Collecting :class:`ActStats` with hooks, while the caller runs the model."""
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vlaquant.calibrate.masks import counted_rows, takes_turns
+from vlaquant.calibrate.masks import counted_rows, counted_weights, takes_turns
 from vlaquant.calibrate.statistics import ActStats, RunningStats, final_stats, no_stats, row_keys
 from vlaquant.errors import CalibrationError
 
 #: Calls of fewer rows are counted together, though never over the end of a sample: counting costs k² even for one row.
 _WORTH_COUNTING = 256
+
+
+class _Rows(NamedTuple):
+    """Tokens [t, k] that one call read, and what each weighs, [t]; None: 1."""
+
+    values: Tensor
+    weights: Tensor | None
+
+    def equal(self, other: "_Rows | None") -> bool:
+        """Equal in value. Identity would neither notice a change in place nor survive a cast for each layer."""
+        if other is None or (self.weights is None) != (other.weights is None):
+            return False
+        same = self.weights is None or other.weights is None or torch.equal(self.weights, other.weights)
+        if self.values.device != other.values.device or self.values.dtype != other.values.dtype:
+            return False
+        return same and torch.equal(self.values, other.values)
 
 
 @dataclass(slots=True, eq=False)
@@ -30,9 +46,9 @@ class _Group:
     features: int
     hessian: bool
     running: RunningStats | None = None
-    pending: Tensor | None = None
+    pending: _Rows | None = None
     behind: set[str] = field(default_factory=set)
-    settled: list[Tensor] = field(default_factory=list)
+    settled: list[_Rows] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     calls: int = 0
 
@@ -43,11 +59,15 @@ class Observation:
     Attributes:
         masks: of the sample that runs, by layer: see :func:`~vlaquant.calibrate.masks.counted_rows`. Of the input of a
             layer without one every token counts. They may be changed at any time, also while a sample runs.
+        weights: of the sample that runs, by layer: one for each call, used in turn; see
+            :func:`~vlaquant.calibrate.masks.counted_weights`. Every token of a layer without them weighs 1.
     """
 
     def __init__(self, features: dict[str, int], *, hessian_for: Collection[str], sample_rows: int, seed: int) -> None:
         self.masks: Mapping[str, Tensor] = {}
+        self.weights: Mapping[str, Sequence[Tensor]] = {}
         self._turns: dict[str, int] = {}
+        self._calls: dict[str, int] = {}
         self._sample_rows = sample_rows
         self._seed = seed
         self._sample: int | None = None
@@ -60,11 +80,18 @@ class Observation:
             group.members.add(name)
             self._group_of[name] = group
 
-    def begin_sample(self, masks: Mapping[str, Tensor] | None = None, *, index: int | None = None) -> None:
+    def begin_sample(
+        self,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        weights: Mapping[str, Sequence[Tensor]] | None = None,
+        index: int | None = None,
+    ) -> None:
         """Say that the next sample starts, and which of its tokens count.
 
         Args:
             masks: see the attribute.
+            weights: see the attribute.
             index: which one of all samples it is, whoever takes the others; by default the one after the last. Errors
                 name it, and the draw of sampled rows depends on it.
         """
@@ -73,6 +100,8 @@ class Observation:
             index = 0 if self._sample is None else self._sample + 1
         self._sample = index
         self.masks = masks or {}
+        self.weights = weights or {}
+        self._calls = {}
         for group in self._groups():
             group.calls = 0
 
@@ -84,20 +113,20 @@ class Observation:
                 names the origin and not the layers it spoilt. Or a mask does not fit.
         """
         rows = self._counted(name, x.detach())
-        if rows.shape[0] == 0:
+        if rows.values.shape[0] == 0:
             return
         group = self._group_of[name]
         # What is equal to rows that were finite is finite
-        if name in group.behind and _equal(rows, group.pending):
+        if name in group.behind and rows.equal(group.pending):
             group.behind.remove(name)
         else:
-            self._require_finite(name, rows)
+            self._require_finite(name, rows.values)
             self._settle(group)
             group = self._group_of[name]
             group.behind = group.members - {name}
             # A private copy of what is not counted at once: the model may go on to change x in place.
-            waits = bool(group.behind) or len(rows) < _WORTH_COUNTING
-            group.pending = rows.clone() if waits else rows
+            waits = bool(group.behind) or len(rows.values) < _WORTH_COUNTING
+            group.pending = rows._replace(values=rows.values.clone()) if waits else rows
         if not group.behind:
             self._settle(group)
 
@@ -138,11 +167,14 @@ class Observation:
                 "use more samples, or keep these layers in float (or quantize them without data)"
             )
 
-    def _counted(self, name: str, x: Tensor) -> Tensor:
+    def _counted(self, name: str, x: Tensor) -> _Rows:
         mask, turn = self.masks.get(name), self._turns.get(name, 0)
         if takes_turns(mask, x):
             self._turns[name] = turn + 1
-        return counted_rows(name, x, mask, turn=turn)
+        each, call = self.weights.get(name, ()), self._calls.get(name, 0)
+        self._calls[name] = call + 1
+        weights = counted_weights(name, x, mask, each[call % len(each)] if each else None, turn=turn)
+        return _Rows(counted_rows(name, x, mask, turn=turn), weights)
 
     def _end_turns(self) -> None:
         """Every image of the sample must have had its turn."""
@@ -186,9 +218,9 @@ class Observation:
             self._part(group)
         rows, group.pending = group.pending, None
         group.settled.append(rows)
-        group.keys.append(row_keys(len(rows), seed=self._seed, sample=self._sample or 0, call=group.calls))
+        group.keys.append(row_keys(len(rows.values), seed=self._seed, sample=self._sample or 0, call=group.calls))
         group.calls += 1
-        if sum(map(len, group.settled)) >= _WORTH_COUNTING:
+        if sum(len(rows.values) for rows in group.settled) >= _WORTH_COUNTING:
             self._count(group)
 
     def _part(self, group: _Group) -> None:
@@ -205,13 +237,17 @@ class Observation:
         """Add the settled rows to the sums."""
         if not group.settled:
             return
-        rows, keys = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (group.settled, group.keys))
+        values, keys = _joined([rows.values for rows in group.settled]), _joined(group.keys)
+        weights = None
+        if any(rows.weights is not None for rows in group.settled):
+            ones = values.new_ones
+            weights = _joined([ones(len(v), dtype=torch.float32) if w is None else w for v, w in group.settled])
         group.settled, group.keys = [], []
         if group.running is None:
             group.running = no_stats(
-                group.features, hessian=group.hessian, sample_rows=self._sample_rows, device=rows.device
+                group.features, hessian=group.hessian, sample_rows=self._sample_rows, device=values.device
             )
-        group.running.add_(rows, keys)
+        group.running.add_(values, keys, weights)
 
 
 def _some(names: list[str]) -> str:
@@ -219,11 +255,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _equal(rows: Tensor, other: Tensor | None) -> bool:
-    """Equal in value. Identity would neither notice a change in place nor survive a cast for each layer."""
-    if other is None or rows.device != other.device or rows.dtype != other.dtype:
-        return False
-    return torch.equal(rows, other)
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 @contextmanager

@@ -180,7 +180,7 @@ class StageRunner:
 
     def _run_until(self, stop: _Stop, sample: Any, sample_index: int) -> object:
         """The result of the run; None if it was stopped."""
-        with _seeded(self._seed + sample_index):
+        with seeded(self._seed + sample_index):
             try:
                 with blamed_on(sample_index):
                     return self._run(self._model, sample)
@@ -262,7 +262,7 @@ def blamed_on(sample_index: int) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Whatever is drawn inside comes from ``seed``, and what is drawn after is as if nothing had been."""
     generators = [torch.default_generator]
     if torch.cuda.is_available() and torch.cuda.is_initialized():

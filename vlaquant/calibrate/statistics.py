@@ -31,7 +31,10 @@ class ActStats:
         mean_abs: [k], mean of |x|.
         hessian: [k, k], mean over the tokens of x·xᵀ, exactly symmetric; None where it was not asked for.
         sample: [≤ r, k], tokens drawn uniformly from all that were seen.
+        sample_weights: [≤ r], what each of them weighs; None if all weigh the same.
         tokens: how many tokens were seen.
+
+    Means are weighted where tokens have weights; ranges and the draw are not.
     """
 
     channel_low: Tensor
@@ -40,6 +43,7 @@ class ActStats:
     hessian: Tensor | None
     sample: Tensor
     tokens: int
+    sample_weights: Tensor | None = None
 
     @property
     def absmax(self) -> Tensor:
@@ -85,13 +89,16 @@ class RunningStats:
     Attributes:
         channel_low: [k], float32.
         channel_high: [k], float32.
-        abs_sum: [k], float64, Σ|x|.
-        strips: float64, the upper triangle of Σx·xᵀ: strip i holds rows 512·i up to 512·(i + 1) and the columns from
+        abs_sum: [k], float64, Σω|x|, where a token's weight ω is 1 unless it is given.
+        strips: float64, the upper triangle of Σω·x·xᵀ: strip i holds rows 512·i up to 512·(i + 1) and the columns from
             512·i on. Empty where no Hessian was asked for.
         keys: int64 [≤ r] on the CPU, ascending: the smallest of all tokens' :func:`row_keys`.
         sample: [≤ r, k], float32, the tokens with these keys. That is a uniform draw without replacement whatever the
             number of tokens to come, and does not depend on their order.
+        sample_weights: [≤ r], float32, the weights of these tokens.
         tokens: how many.
+        weight: float64 [], Σω.
+        weighted: whether any token came with a weight.
         sample_rows: r.
     """
 
@@ -101,51 +108,71 @@ class RunningStats:
     strips: list[Tensor]
     keys: Tensor
     sample: Tensor
+    sample_weights: Tensor
     tokens: int
+    weight: Tensor
+    weighted: bool
     sample_rows: int
 
     @_normal_tensors
-    def add_(self, rows: Tensor, keys: Tensor) -> None:
-        """Take in the tokens ``rows`` [t, k], t ≥ 1, any float dtype, whose keys [t] are :func:`row_keys`."""
+    def add_(self, rows: Tensor, keys: Tensor, weights: Tensor | None = None) -> None:
+        """Take in the tokens ``rows`` [t, k], t ≥ 1, any float dtype, whose keys [t] are :func:`row_keys`.
+
+        ``weights`` [t] ≥ 0 is what each token counts for; None: 1.
+        """
         made_of = rows.dtype
         rows = rows.to(device=self.abs_sum.device, dtype=torch.float32)
         self.tokens += rows.shape[0]
-        self.abs_sum += rows.abs().sum(dim=0)
         self.channel_low = torch.minimum(self.channel_low, rows.amin(dim=0))
         self.channel_high = torch.maximum(self.channel_high, rows.amax(dim=0))
+        if weights is None:
+            weights, scaled = rows.new_ones(len(rows)), rows
+            self.abs_sum += rows.abs().sum(dim=0)
+        else:
+            made_of, self.weighted = torch.float32, True
+            weights = weights.to(rows)
+            scaled = rows * weights.sqrt().unsqueeze(-1)
+            self.abs_sum += weights @ rows.abs()
+        self.weight += weights.sum(dtype=torch.float64)
         with _products_of(made_of):
             for i, strip in enumerate(self.strips):
                 start = i * _STRIP
-                strip.add_(rows[:, start : start + _STRIP].T @ rows[:, start:])
-        self._keep_(rows, keys)
+                strip.add_(scaled[:, start : start + _STRIP].T @ scaled[:, start:])
+        self._keep_(rows, keys, weights)
 
     @_normal_tensors
     def merge_(self, other: "RunningStats") -> None:
         """Take in all that ``other`` saw: other samples, of the same layer."""
         self.tokens += other.tokens
+        self.weight += other.weight
+        self.weighted |= other.weighted
         self.abs_sum += other.abs_sum
         self.channel_low = torch.minimum(self.channel_low, other.channel_low)
         self.channel_high = torch.maximum(self.channel_high, other.channel_high)
         for strip, others in zip(self.strips, other.strips, strict=True):
             strip.add_(others)
-        self._keep_(other.sample, other.keys)
+        self._keep_(other.sample, other.keys, other.sample_weights)
 
-    def _keep_(self, rows: Tensor, keys: Tensor) -> None:
+    def _keep_(self, rows: Tensor, keys: Tensor, weights: Tensor) -> None:
         """Put those of ``rows`` into the sample whose keys are among the smallest."""
         if self.sample_rows and len(self.keys) == self.sample_rows:
             better = keys < self.keys[-1]
             if not better.any():
                 return
-            rows, keys = rows[better.to(rows.device)], keys[better]
+            chosen = better.to(rows.device)
+            rows, keys, weights = rows[chosen], keys[better], weights[chosen]
         every = torch.cat([self.keys, keys])
         kept = every.argsort()[: self.sample_rows]
         self.keys = every[kept]
-        self.sample = torch.cat([self.sample, rows])[kept.to(rows.device)]
+        kept = kept.to(rows.device)
+        self.sample = torch.cat([self.sample, rows])[kept]
+        self.sample_weights = torch.cat([self.sample_weights, weights])[kept]
 
     @_normal_tensors
     def copy(self) -> "RunningStats":
         """The same sums in memory of their own."""
-        return replace(self, abs_sum=self.abs_sum.clone(), strips=[strip.clone() for strip in self.strips])
+        strips = [strip.clone() for strip in self.strips]
+        return replace(self, abs_sum=self.abs_sum.clone(), weight=self.weight.clone(), strips=strips)
 
     @_normal_tensors
     def stats(self) -> ActStats:
@@ -153,18 +180,24 @@ class RunningStats:
         return ActStats(
             channel_low=self.channel_low,
             channel_high=self.channel_high,
-            mean_abs=(self.abs_sum / self.tokens).to(torch.float32),
+            mean_abs=(self.abs_sum / self._total).to(torch.float32),
             hessian=self._mean_hessian() if self.strips else None,
             sample=self.sample,
             tokens=self.tokens,
+            sample_weights=self.sample_weights if self.weighted else None,
         )
+
+    @property
+    def _total(self) -> Tensor:
+        """What all tokens weigh; where all of them weigh nothing the sums are 0, and so are the means."""
+        return self.weight.clamp(min=torch.finfo(torch.float64).tiny)
 
     def _mean_hessian(self) -> Tensor:
         k = len(self.abs_sum)
         hessian = torch.empty(k, k, device=self.abs_sum.device)
         for i, strip in enumerate(self.strips):
             rows = slice(i * _STRIP, i * _STRIP + len(strip))
-            upper = (strip / self.tokens).to(torch.float32)
+            upper = (strip / self._total).to(torch.float32)
             hessian[rows.start :, rows] = upper.T
             # Of the corner both halves were summed, maybe in different orders
             corner = upper[:, : len(strip)]
@@ -187,7 +220,10 @@ def no_stats(features: int, *, hessian: bool, sample_rows: int, device: torch.de
         ],
         keys=torch.zeros(0, dtype=torch.int64),
         sample=torch.zeros(0, features, device=device),
+        sample_weights=torch.zeros(0, device=device),
         tokens=0,
+        weight=torch.zeros((), dtype=torch.float64, device=device),
+        weighted=False,
         sample_rows=sample_rows,
     )
 

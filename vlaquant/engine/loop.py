@@ -29,6 +29,7 @@ from vlaquant.engine.stage import (
     unit_tensors,
     working_copies,
 )
+from vlaquant.engine.weighing import Weights
 from vlaquant.engine.weights import WeightsOnDemand
 from vlaquant.engine.work import WorkDirectory
 from vlaquant.errors import VlaquantError
@@ -48,6 +49,7 @@ class Data:
         runner: runs one sample up to a stage.
         samples: all of them, the same in every process.
         masks: of those that this process takes.
+        weights: likewise.
         stored: units that answer from stored outputs once they are finished.
         once: layers that run exactly once a sample, in order.
         shared: sets of layers that read the very same tensors.
@@ -57,6 +59,7 @@ class Data:
     runner: StageRunner
     samples: Sequence[Any]
     masks: Masks
+    weights: Weights
     stored: frozenset[str]
     once: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
@@ -218,7 +221,7 @@ class StageLoop:
         with observe(self._model, live, hessian_for=live, seed=self._recipe.seed) as observation:
             for position in self._positions:
                 masks = layer_masks(self._family, self._data.masks.get(position, {}), live)
-                observation.begin_sample(masks, index=position)
+                observation.begin_sample(masks, weights=self._data.weights.get(position), index=position)
                 output = self._run(index, position, store=keep, before=last)
                 self._log.doing(f"{stage.unit}: observing", self._tokens(output))
         device = self._model.get_parameter(f"{live[0]}.weight").device

@@ -191,6 +191,7 @@ class Processes:
                 sums = sums.copy()
             self._add_up_(sums, [0 if fact is None else fact["kept"] for fact in facts])
             sums.tokens = sum(fact["tokens"] for fact in facts if fact is not None)
+            sums.weighted = any(fact["weighted"] for fact in facts if fact is not None)
             merged |= dict.fromkeys(members, sums)
         return {name: merged[name] for name in names if name in merged}
 
@@ -198,14 +199,16 @@ class Processes:
         """All that can be added: everything but the tokens. ``kept`` are the lengths of all samples of rows."""
         low, high = sums.channel_low.clone(), sums.channel_high.clone()
         with _together():
-            for tensor in (sums.abs_sum, *sums.strips):
+            for tensor in (sums.abs_sum, sums.weight, *sums.strips):
                 dist.all_reduce(tensor, group=self._group)
             dist.all_reduce(low, dist.ReduceOp.MIN, group=self._group)
             dist.all_reduce(high, dist.ReduceOp.MAX, group=self._group)
         sums.channel_low, sums.channel_high = low, high
-        keys, rows = (torch.cat(self._all_parts(tensor, kept)) for tensor in (sums.keys, sums.sample))
+        kept_parts = (sums.keys, sums.sample, sums.sample_weights)
+        keys, rows, weights = (torch.cat(self._all_parts(tensor, kept)) for tensor in kept_parts)
         first = keys.argsort()[: sums.sample_rows]
-        sums.keys, sums.sample = keys[first], rows[first.to(rows.device)]
+        sums.keys, first = keys[first], first.to(rows.device)
+        sums.sample, sums.sample_weights = rows[first], weights[first]
 
     def _all_parts(self, part: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """The parts of all processes, which have ``counts`` rows."""
@@ -228,6 +231,7 @@ def _report(running: Mapping[str, RunningStats]) -> dict[str, dict[str, Any]]:
         name: {
             "leader": leaders.setdefault(id(sums), name),
             "tokens": sums.tokens,
+            "weighted": sums.weighted,
             "kept": len(sums.keys),
             "features": len(sums.abs_sum),
             "hessian": bool(sums.strips),

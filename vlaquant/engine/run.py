@@ -28,6 +28,7 @@ from vlaquant.engine.prediction import Prediction, available_memory, predict, re
 from vlaquant.engine.processes import ALONE, Processes
 from vlaquant.engine.stage import put_tensor_
 from vlaquant.engine.tables import pack_tables_
+from vlaquant.engine.weighing import Weights, token_weights
 from vlaquant.engine.work import LOG, Finished, WorkDirectory, write_finished
 from vlaquant.errors import CalibrationError, ExportError
 from vlaquant.families import Inputs
@@ -68,6 +69,7 @@ class Probed:
         run: takes a sample through the model.
         samples: all of them.
         masks: of those that this process takes.
+        weights: likewise.
         flow: what the probe run found about units.
         once: layers that run exactly once a sample, in order.
         shared: sets of layers that read the very same tensors.
@@ -78,6 +80,7 @@ class Probed:
     run: Run
     samples: Sequence[Any]
     masks: Masks
+    weights: Weights
     flow: Flow
     once: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
@@ -187,7 +190,31 @@ class QuantizationRun:
         section = self._recipe.calibration
         tokens = _MIN_TOKENS if section is None else section.min_tokens
         once = tuple(name for name in found.order if found.calls[name] == 1)
-        return Probed(run_sample, samples, masks, found.flow, once, found.shared, tokens, seconds), plan
+        weights = self._token_weights(plan, samples, run, found.shared)
+        return Probed(run_sample, samples, masks, weights, found.flow, once, found.shared, tokens, seconds), plan
+
+    def _token_weights(
+        self, plan: Plan, samples: Sequence[Any], run: Run | None, shared: Sequence[Sequence[str]]
+    ) -> Weights:
+        if self._recipe.token_weights is None:
+            return {}
+        if run is not None:
+            raise CalibrationError(
+                "token_weights needs a family that runs its own samples, and here a function `run` was given; remove "
+                "one of the two"
+            )
+        layers = [name for name, layer in plan.quantized.items() if not layer.dead]
+        limit = self._limit()
+        return token_weights(
+            self.opened,
+            self._recipe,
+            samples,
+            layers,
+            shared,
+            limit=limit,
+            device=self._device,
+            processes=self._processes,
+        )
 
     def _predict(self, plan: Plan, data: Probed | None) -> Prediction:
         """What the stages will need; refuses what cannot fit. Activations beyond the memory go to the disk."""
@@ -267,7 +294,7 @@ class QuantizationRun:
                 # Units run again for every sample of every stage
                 self._weights.budget = max(self._weights.budget, min(_KEPT_WEIGHTS, self._limit() - prediction.memory))
         stored = data.flow.replayable if self._options.mode == "replay" else frozenset()
-        return Data(runner, data.samples, data.masks, stored, data.once, data.shared, data.min_tokens)
+        return Data(runner, data.samples, data.masks, data.weights, stored, data.once, data.shared, data.min_tokens)
 
     def _identify(self, plan: Plan, data: Probed | None) -> dict[str, Any]:
         assert self.opened.directory is not None

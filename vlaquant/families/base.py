@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,22 @@ Inputs = dict[str, Tensor]
 _ALIGNMENT = 64
 
 
+class TokenType(IntEnum):
+    """What a token is about, as a number in what ``Family.token_types`` gives."""
+
+    IMAGE = 0
+    TEXT = 1
+    STATE = 2
+    ACTION = 3
+
+
 def nothing_masked(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     """For families without padding and dummy cameras."""
+    return {}
+
+
+def one_type(model: Any, inputs: Inputs) -> dict[str, Tensor]:
+    """For families whose layers each read tokens of a single type."""
     return {}
 
 
@@ -76,6 +91,10 @@ class Family:
         token_masks: (model, inputs) -> {part: bool}, True for what counts; [b, t] for tokens, [b] for whole images.
             Only parts with padding or dummy cameras are in it, and layers by name that read other tokens than their
             part.
+        token_types: (model, inputs) -> {part: :class:`TokenType`}, integers shaped and named as in ``token_masks``;
+            only parts that read tokens of several types are in it. A token whose output chooses an action is an ACTION.
+        objective: (model, inputs) -> a scalar whose gradient says what matters to the decision, see
+            :mod:`vlaquant.families.objectives`; None: gradients reach too little of the model.
         live_names: (model, names in a source's files) -> {name in a file: name in the model}, where they differ; None
             where they never do.
         converted: source directory -> what of it becomes something else in an output.
@@ -96,6 +115,8 @@ class Family:
     keep_float: tuple[tuple[str, str], ...] = ()
     act: Callable[[Any, Inputs], Tensor] | None = None
     token_masks: Callable[[Any, Inputs], dict[str, Tensor]] = nothing_masked
+    token_types: Callable[[Any, Inputs], dict[str, Tensor]] = one_type
+    objective: Callable[[Any, Inputs], Tensor] | None = None
     live_names: Callable[[nn.Module, Sequence[str]], dict[str, str]] | None = None
     converted: Callable[[Path], Converted] = nothing_converted
 

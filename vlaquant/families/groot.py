@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from vlaquant.errors import CalibrationError, CheckpointError
-from vlaquant.families.base import Family, Inputs, empty_weights, ready
+from vlaquant.families.base import Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import SCALE, SHIFT, Fold, llama_folds
+from vlaquant.families.objectives import from_squared_errors
 from vlaquant.families.renaming import require_complete, stored_dtype
 from vlaquant.linear import CategoryBank
 
@@ -132,6 +133,24 @@ def _token_masks(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     return {"language": inputs["attention_mask"].bool()}
 
 
+def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
+    return {
+        "language": torch.where(
+            inputs["input_ids"] == model.backbone.model.config.image_token_id, TokenType.IMAGE, TokenType.TEXT
+        )
+    }
+
+
+def _objective(model: Any, inputs: Inputs) -> Tensor:
+    """Of the velocity, in the pass of training."""
+    missing = [name for name in _SHOWN if name not in inputs]
+    if missing:
+        raise CalibrationError(f"weighing tokens by gradients takes the pass of training; give {', '.join(missing)}")
+    with _drawn_from(inputs):
+        errors: Tensor = model({name: inputs[name] for name in (*_SEEN, *_SHOWN)})["action_loss"]
+    return from_squared_errors(errors)
+
+
 def _example(model: Any) -> Inputs:
     """A picture of noise, eight words, and the robot whose weights are there."""
     config, vlm, draw = model.config, model.backbone.model.config, torch.Generator().manual_seed(0)
@@ -215,4 +234,6 @@ GROOT = Family(
     ),
     act=_act,
     token_masks=_token_masks,
+    token_types=_token_types,
+    objective=_objective,
 )

@@ -19,9 +19,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from vlaquant.errors import CalibrationError, CheckpointError
-from vlaquant.families.base import Family, Inputs, empty_weights, ready
+from vlaquant.families.base import Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
 from vlaquant.families.hf_samples import image_text_inputs
+from vlaquant.families.objectives import sampled_surprise
 from vlaquant.families.observation import Observation
 from vlaquant.families.renaming import live_names, require_complete
 
@@ -117,6 +118,20 @@ def _run(model: nn.Module, inputs: Inputs) -> Tensor:
     return logits
 
 
+def _objective(model: nn.Module, inputs: Inputs) -> Tensor:
+    return sampled_surprise(_run(model, inputs))
+
+
+def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
+    """Of the language model's sequence, where there are images in it."""
+    place = getattr(model.config, "image_token_id", None)
+    ids = inputs["input_ids"]
+    if place is None or not bool((ids == place).any()):
+        return {}
+    types = torch.where(ids == place, TokenType.IMAGE, TokenType.TEXT)
+    return {"language": types, "head": types}
+
+
 def _example(model: Any) -> Inputs:
     """A made-up picture where the model reads pictures and its processor can be opened, else tokens."""
     if _sees(model) and getattr(model, "processor", None) is not None:
@@ -191,5 +206,7 @@ HF = Family(
     example=_example,
     check=_check,
     keep_float=((rf"{_ANYWHERE}(?:mlp\.gate|router|shared_expert_gate)", _ROUTER),),
+    token_types=_token_types,
+    objective=_objective,
     live_names=live_names,
 )

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from vlaquant.errors import CalibrationError, CheckpointError
-from vlaquant.families.base import Converted, Family, Inputs, empty_weights, ready
+from vlaquant.families.base import Converted, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
+from vlaquant.families.objectives import random_direction, sampled_surprise
 from vlaquant.families.renaming import require_complete, stored_dtype
 from vlaquant.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from vlaquant.models.openvla.actions import action_statistics, normalize, state_statistics, unnormalize
@@ -177,6 +178,39 @@ def _run(model: OpenVLAForActionPrediction, inputs: Inputs) -> Tensor:
     return logits
 
 
+def _token_types(model: OpenVLAForActionPrediction, inputs: Inputs) -> dict[str, Tensor]:
+    """Of the sequence that the language model reads, and its head."""
+    ids, config = inputs["input_ids"], model.config
+    text = torch.full((ids.shape[1],), TokenType.TEXT)
+    seen = [torch.full((model.image_tokens,), TokenType.IMAGE)]
+    if config.action_decoding == "regression":
+        seen += [torch.full((1,), TokenType.STATE)] * (model.proprio_projector is not None)
+        # Each empty place is read one place before its own
+        actions = [
+            torch.full((config.action_chunk * config.action_dim,), TokenType.ACTION),
+            torch.full((1,), TokenType.TEXT),
+        ]
+        text[-1] = TokenType.ACTION
+    elif config.action_decoding == "parallel":
+        actions = [torch.full((len(config.action_query_token_ids),), TokenType.ACTION)]
+    else:
+        text[int(inputs["prompt_tokens"]) - 1 :] = TokenType.ACTION
+        actions = []
+    types = torch.cat([text[:1], *seen, text[1:], *actions]).unsqueeze(0).expand(len(ids), -1)
+    return {"language": types, "action": types}
+
+
+def _objective(model: OpenVLAForActionPrediction, inputs: Inputs) -> Tensor:
+    """Of the numbers of the action, or of the distributions that its tokens are chosen from."""
+    decided = _run(model, inputs)
+    if model.config.action_decoding == "regression":
+        return random_direction(decided)
+    count = len(model.config.action_query_token_ids)
+    if model.config.action_decoding == "autoregressive":
+        count = inputs["input_ids"].shape[1] - int(inputs["prompt_tokens"]) + 1
+    return sampled_surprise(decided[:, -count:])
+
+
 def _prompt(inputs: Inputs) -> Inputs:
     """What the policy sees on the robot: no demonstrated action."""
     length = int(inputs["prompt_tokens"]) if "prompt_tokens" in inputs else inputs["input_ids"].shape[1]
@@ -242,5 +276,7 @@ OPENVLA = Family(
         (r"proprio_projector\..*", "small, and sees one token an observation, too few to calibrate on"),
     ),
     act=_act,
+    token_types=_token_types,
+    objective=_objective,
     converted=_converted,
 )

@@ -19,8 +19,9 @@ from transformers.models.pi0.image_processing_pi0 import PI0ImageProcessor
 from transformers.models.pi0.processing_pi0 import PI0Processor
 
 from vlaquant.errors import CalibrationError
-from vlaquant.families.base import Family, Inputs, empty_weights, ready
+from vlaquant.families.base import Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
+from vlaquant.families.objectives import random_direction
 from vlaquant.families.renaming import live_names, require_complete, stored_dtype
 
 _VISION_BLOCK = r".*\.vision_tower\.(vision_model\.)?encoder\.layers\.\d+"
@@ -173,6 +174,21 @@ def _token_masks(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     return {"vision": cameras, "projector": cameras, "language": inputs["attention_mask"].bool()}
 
 
+def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
+    """The prompt with its images; and the state and the noisy actions that the expert reads."""
+    ids = inputs["input_ids"]
+    language = torch.where(ids == model.config.vlm_config.image_token_id, TokenType.IMAGE, TokenType.TEXT)
+    expert = torch.tensor([TokenType.STATE, *[TokenType.ACTION] * model.config.chunk_size]).expand(len(ids), -1)
+    return {"language": language, "expert": expert}
+
+
+def _objective(model: Any, inputs: Inputs) -> Tensor:
+    """Of the velocity at the sample's random time: the joint pass of training, which gradients go through."""
+    names = ("state", "noise", "timestep", "input_ids", "pixel_values", "pixel_attention_mask", "attention_mask")
+    noisy = {name: inputs[name] for name in (*names, "actions") if name in inputs}
+    return random_direction(model(**noisy).logits)
+
+
 def _example(model: Any) -> Inputs:
     """Two cameras of noise, and eight words."""
     config, draw = model.config, torch.Generator().manual_seed(0)
@@ -248,5 +264,7 @@ PI0 = Family(
     ),
     act=_act,
     token_masks=_token_masks,
+    token_types=_token_types,
+    objective=_objective,
     live_names=live_names,
 )

@@ -36,7 +36,9 @@ def row_losses(delta: Tensor, hessian: Tensor) -> Tensor:
     return losses
 
 
-def output_loss(x: Tensor, weight: Tensor, rounded_x: Tensor, rounded_weight: Tensor) -> float:
+def output_loss(
+    x: Tensor, weight: Tensor, rounded_x: Tensor, rounded_weight: Tensor, token_weights: Tensor | None = None
+) -> float:
     """Mean over tokens of ‖x·Wᵀ − x̂·Ŵᵀ‖²: equals :func:`weight_loss` if x̂ = x and H is that of ``x``.
 
     Args:
@@ -44,6 +46,13 @@ def output_loss(x: Tensor, weight: Tensor, rounded_x: Tensor, rounded_weight: Te
         weight: [n, k].
         rounded_x: [t, k]; may be scaled by 1/s if ``rounded_weight`` is scaled by s.
         rounded_weight: [n, k].
+        token_weights: [t], what each token counts for in the mean; None: all the same.
     """
-    error = x @ weight.T - rounded_x @ rounded_weight.T
-    return float(error.square().sum(dim=-1).mean())
+    return token_mean((x @ weight.T - rounded_x @ rounded_weight.T).square().sum(dim=-1), token_weights)
+
+
+def token_mean(values: Tensor, token_weights: Tensor | None) -> float:
+    """Mean of ``values`` [t], with weights [t] where there are any; 0 if all tokens weigh nothing."""
+    if token_weights is None:
+        return float(values.mean())
+    return float(values @ token_weights / token_weights.sum().clamp(min=torch.finfo(torch.float32).tiny))

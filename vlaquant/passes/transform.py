@@ -21,7 +21,7 @@ from vlaquant.numerics import fake_quantize, min_max, qparams, round_weight, row
 from vlaquant.passes.awq import awq_scale
 from vlaquant.passes.fold import apply_fold_, channels_of, fold_layer_scale_, gathered, spread
 from vlaquant.passes.layer import Work
-from vlaquant.passes.loss import output_loss, weight_loss
+from vlaquant.passes.loss import output_loss, token_mean, weight_loss
 from vlaquant.passes.smoothquant import smooth_scale
 from vlaquant.recipe import LayerScale, SmoothQuant, Transform
 from vlaquant.scheme import Granularity, QuantSpec
@@ -138,7 +138,7 @@ def _target_power(work: Work, stats: ActStats) -> float:
     if work.scheme.activation is None:
         assert stats.hessian is not None
         return weight_loss(work.weight, stats.hessian)
-    return float((stats.sample @ work.weight.T).square().sum(dim=-1).mean())
+    return token_mean((stats.sample @ work.weight.T).square().sum(dim=-1), stats.sample_weights)
 
 
 def _target_loss(work: Work, stats: ActStats, scale: Tensor) -> float:
@@ -153,7 +153,7 @@ def _target_loss(work: Work, stats: ActStats, scale: Tensor) -> float:
             assert stats.hessian is not None
             loss += weight_loss(rounded.div_(scale).sub_(weight), stats.hessian)
         else:
-            loss += output_loss(stats.sample, weight, seen, rounded)
+            loss += output_loss(stats.sample, weight, seen, rounded, stats.sample_weights)
     return loss
 
 

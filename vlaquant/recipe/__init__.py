@@ -11,6 +11,7 @@ from vlaquant.recipe.sections import (
     Calibration,
     Episodes,
     Gptq,
+    GradientWeights,
     JsonLines,
     LayerScale,
     LeRobot,
@@ -22,6 +23,7 @@ from vlaquant.recipe.sections import (
     SmoothQuant,
     Text,
     Transform,
+    TypeWeights,
 )
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Calibration",
     "Episodes",
     "Gptq",
+    "GradientWeights",
     "JsonLines",
     "LayerScale",
     "LeRobot",
@@ -40,6 +43,7 @@ __all__ = [
     "SmoothQuant",
     "Text",
     "Transform",
+    "TypeWeights",
     "load_recipe",
     "needs_calibration",
     "require_calibration",

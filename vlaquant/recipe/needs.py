@@ -18,6 +18,8 @@ def needs_calibration(recipe: Recipe) -> list[str]:
         reasons.append("quantizer (gptq: minimizes the error on real inputs)")
     elif recipe.quantizer.clip == "awq":
         reasons.append("quantizer (clip awq: ranges are searched on real inputs)")
+    if recipe.token_weights is not None:
+        reasons.append("token_weights (tokens are those of real inputs)")
     return reasons
 
 

@@ -186,6 +186,29 @@ class Gptq(Section):
     act_order: bool = True
 
 
+class TypeWeights(Section):
+    """What a token of each type counts for in Hessians and in the losses of searches; padding counts for nothing."""
+
+    kind: Literal["types"] = "types"
+    image: float = Field(default=1.0, ge=0.0)
+    text: float = Field(default=1.0, ge=0.0)
+    state: float = Field(default=1.0, ge=0.0)
+    action: float = Field(default=1.0, ge=0.0)
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> Self:
+        if not any((self.image, self.text, self.state, self.action)):
+            raise ValueError("weighs all tokens 0; give at least one type a weight above 0")
+        return self
+
+
+class GradientWeights(Section):
+    """A token counts for its squared gradient of what the policy decides, to a ``power``: less than 1 levels it out."""
+
+    kind: Literal["gradient"] = "gradient"
+    power: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
 Cameras = Annotated[tuple[Name | None, ...] | None, Field(strict=False, min_length=1)]
 
 
@@ -265,12 +288,14 @@ class Text(Section):
 
 Transform = Annotated[SmoothQuant | Awq | LayerScale, Field(discriminator="kind")]
 Quantizer = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+TokenWeights = Annotated[TypeWeights | GradientWeights, Field(discriminator="kind")]
 Calibration = Annotated[Episodes | LeRobot | JsonLines | Text, Field(discriminator="kind")]
 
 #: Key of the recipe -> {kind: the section it then holds}.
 KINDS: dict[str, dict[str, type[Section]]] = {
     "transforms": {"smoothquant": SmoothQuant, "awq": Awq, "layerscale": LayerScale},
     "quantizer": {"rtn": Rtn, "gptq": Gptq},
+    "token_weights": {"types": TypeWeights, "gradient": GradientWeights},
     "calibration": {"episodes": Episodes, "lerobot": LeRobot, "jsonl": JsonLines, "text": Text},
 }
 
@@ -291,6 +316,7 @@ class Recipe(Section):
         rules: the first that matches a layer decides; a layer that none matches stays float.
         transforms: done in this order, before the quantizer.
         propagate: what later layers see of earlier ones while they are calibrated: their quantized or float output.
+        token_weights: what tokens count for while layers are calibrated; all the same if it is left out.
         calibration: data; can be left out if nothing needs it or samples come from Python.
     """
 
@@ -302,6 +328,7 @@ class Recipe(Section):
     transforms: Annotated[tuple[Transform, ...], Field(strict=False)] = ()
     quantizer: Quantizer = Rtn()
     propagate: Literal["quantized", "float"] = "quantized"
+    token_weights: TokenWeights | None = None
     calibration: Calibration | None = None
     seed: Annotated[int, Field(ge=0)] = 0
 

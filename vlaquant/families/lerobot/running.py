@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vlaquant.errors import CalibrationError
-from vlaquant.families.base import Inputs
+from vlaquant.families.base import Inputs, TokenType
 from vlaquant.families.lerobot.processing import ACTION, NOISE, STATE, TIME, TOKEN_MASK, TOKENS, complete
+from vlaquant.families.objectives import from_squared_errors
 
 
 def run(policy: Any, inputs: Inputs) -> Tensor:
@@ -22,7 +23,17 @@ def run(policy: Any, inputs: Inputs) -> Tensor:
         sampled = _sample(policy, inputs)
         if ACTION not in inputs:
             return sampled.flatten(1)
-        return torch.cat([sampled.flatten(1), _errors(policy, inputs).flatten(1)], dim=1)
+        with torch.no_grad():
+            errors = _errors(policy, inputs)
+        return torch.cat([sampled.flatten(1), errors.flatten(1)], dim=1)
+
+
+def objective(policy: Any, inputs: Inputs) -> Tensor:
+    """Of the velocity at the sample's random time: the joint pass of training, which gradients go through."""
+    if ACTION not in inputs:
+        raise CalibrationError("weighing tokens by gradients takes the pass of training; use data with actions")
+    with eager(policy):
+        return from_squared_errors(_errors(policy, inputs))
 
 
 def act(policy: Any, inputs: Inputs) -> Tensor:
@@ -70,10 +81,7 @@ def _errors(policy: Any, inputs: Inputs) -> Tensor:
     state = [policy.prepare_state(batch)] if hasattr(policy, "prepare_state") else []
     action = policy.prepare_action(batch)
     time, noise = inputs[TIME].clone(), inputs[NOISE].clone()
-    with torch.no_grad():
-        errors: Tensor = policy.model.forward(
-            images, seen, batch[TOKENS], batch[TOKEN_MASK], *state, action, noise, time
-        )
+    errors: Tensor = policy.model.forward(images, seen, batch[TOKENS], batch[TOKEN_MASK], *state, action, noise, time)
     return errors
 
 
@@ -89,22 +97,45 @@ def token_masks(policy: Any, inputs: Inputs) -> dict[str, Tensor]:
 
     Expert layers that turn the language's keys and values into their own read the prefix, too.
     """
-    images, seen = prepared_images(policy, _batch(inputs))
+    _, seen = prepared_images(policy, _batch(inputs))
     whole = torch.cat(seen)
-    prefix = []
+    mask = torch.cat([counts for _, counts in _prefix(policy, inputs)], dim=1)
+    return {"vision": whole, "projector": whole} | _for_readers_of_prefix(policy, mask)
+
+
+def token_types(policy: Any, inputs: Inputs) -> dict[str, Tensor]:
+    """Of the prefix. The expert's own tokens are all actions, but for the state that π0 puts before them."""
+    parts = [torch.full_like(counts, kind, dtype=torch.int64) for kind, counts in _prefix(policy, inputs)]
+    types = _for_readers_of_prefix(policy, torch.cat(parts, dim=1))
+    if policy.config.type == "pi0":
+        order = [TokenType.STATE, *[TokenType.ACTION] * policy.config.chunk_size]
+        types["expert"] = torch.tensor(order).expand(len(inputs[TOKENS]), -1)
+    return types
+
+
+def _for_readers_of_prefix(policy: Any, values: Tensor) -> dict[str, Tensor]:
+    """The language, and the expert's layers that turn its keys and values into their own."""
+    crossing = {f"{layer}.self_attn.{name}_proj": values for layer in _crossing_layers(policy) for name in "kv"}
+    return {"language": values} | crossing
+
+
+def _prefix(policy: Any, inputs: Inputs) -> list[tuple[TokenType, Tensor]]:
+    """The tokens that the language model reads, in pieces: of what type they are, and which of them count [b, t]."""
+    images, seen = prepared_images(policy, _batch(inputs))
+    pieces: list[tuple[TokenType, Tensor]] = []
     special = getattr(policy.config, "add_image_special_tokens", False)
     for image, camera in zip(images, seen, strict=True):
         around = [torch.ones(len(camera), 2, dtype=torch.bool, device=camera.device)] if special else []
-        prefix += [*around, camera[:, None].expand(-1, _image_tokens(policy, image)), *(one[:, :1] for one in around)]
-    prefix.append(inputs[TOKEN_MASK].bool())
+        tokens = camera[:, None].expand(-1, _image_tokens(policy, image))
+        pieces += [(TokenType.IMAGE, part) for part in (*around, tokens, *(one[:, :1] for one in around))]
+    pieces.append((TokenType.TEXT, inputs[TOKEN_MASK].bool()))
     if policy.config.type == "smolvla":  # the state is a token of the prefix
-        prefix.append(torch.ones(len(whole) // len(seen), 1, dtype=torch.bool, device=whole.device))
-    mask = torch.cat(prefix, dim=1)
-    missing = getattr(policy.config, "prefix_length", -1) - mask.shape[1]
+        counts = torch.ones(len(inputs[TOKENS]), 1, dtype=torch.bool, device=inputs[TOKENS].device)
+        pieces.append((TokenType.STATE, counts))
+    missing = getattr(policy.config, "prefix_length", -1) - sum(counts.shape[1] for _, counts in pieces)
     if missing > 0:
-        mask = torch.nn.functional.pad(mask, (0, missing))
-    crossing = {f"{layer}.self_attn.{name}_proj": mask for layer in _crossing_layers(policy) for name in "kv"}
-    return {"vision": whole, "projector": whole, "language": mask} | crossing
+        pieces.append((TokenType.TEXT, pieces[-1][1].new_zeros(len(inputs[TOKENS]), missing)))
+    return pieces
 
 
 def _crossing_layers(policy: Any) -> list[str]:

@@ -1,7 +1,8 @@
-"""One GPTQ run of llm-compressor, in its own environment: ``python llmcompressor_gptq.py SETTINGS.json``.
+"""One run of llm-compressor, in its own environment: ``python llmcompressor_oneshot.py SETTINGS.json``.
 
 The last line of output is JSON: seconds by phase, peak memory in bytes, versions. Settings: model, tokens (a
-safetensors file with ``tokens`` [samples, length]), output, threads, bits, group_size, damp.
+safetensors file with ``tokens`` [samples, length]), output, threads, method (rtn, gptq, smoothquant + gptq), bits,
+group_size (a number or "channel"), activation_bits (null or 8: dynamic, per token), damp.
 """
 
 import json
@@ -9,12 +10,15 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +26,26 @@ from transformers import AutoModelForCausalLM
 def peak_memory() -> int:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
+
+
+def recipe(settings: dict[str, Any]) -> list[Any]:
+    group = settings["group_size"]
+    weights = QuantizationArgs(
+        num_bits=settings["bits"],
+        symmetric=True,
+        **({"strategy": "channel"} if group == "channel" else {"strategy": "group", "group_size": group}),
+    )
+    activations = None
+    if settings["activation_bits"] is not None:
+        activations = QuantizationArgs(
+            num_bits=settings["activation_bits"], symmetric=True, strategy="token", dynamic=True
+        )
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
+    shared = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
+    if settings["method"] == "rtn":
+        return [QuantizationModifier(**shared)]
+    solver = GPTQModifier(**shared, dampening_frac=settings["damp"], actorder="static")
+    return [SmoothQuantModifier(smoothing_strength=0.5), solver] if "smoothquant" in settings["method"] else [solver]
 
 
 def main() -> None:
@@ -32,19 +56,10 @@ def main() -> None:
     loaded = time.perf_counter()
     tokens = load_file(settings["tokens"])["tokens"].tolist()
     data = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(row) for row in tokens]})
-    arguments = QuantizationArgs(
-        num_bits=settings["bits"], group_size=settings["group_size"], strategy="group", symmetric=True
-    )
-    recipe = GPTQModifier(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=arguments)},
-        ignore=["lm_head"],
-        dampening_frac=settings["damp"],
-        actorder="static",
-    )
     oneshot(
         model=model,
         dataset=data,
-        recipe=recipe,
+        recipe=recipe(settings),
         max_seq_length=len(tokens[0]),
         num_calibration_samples=len(tokens),
         shuffle_calibration_samples=False,
