@@ -3,14 +3,15 @@
     python bench/action_calibration.py --contests weights samples --json bench/results/action_calibration.json
 
 Policy and data are the demo's. Each seed draws other frames for calibration, from the split that is not measured on.
-Errors are those of the chosen action on held-out frames against the float policy; methods are compared frame by frame,
-by a bootstrap over episodes and seeds.
+Errors are against the float policy on held-out frames: of the action that is chosen, and the Kullback-Leibler
+divergence of the distributions that its tokens are chosen from, given the demonstrated ones before. Methods are
+compared frame by frame: the difference is a mean over seeds, and its interval is a bootstrap over episodes.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import vlaquant
 from vlaquant.evaluate.actions import ask
+from vlaquant.families import family_of_model
 from vlaquant.families.data import load_observations
 from vlaquant.families.observation import Observation
 from vlaquant.plan import format_table
@@ -30,6 +32,8 @@ ROOT = Path(__file__).parent.parent
 POLICY, EPISODES = ROOT / "examples" / "demo_policy", ROOT / "examples" / "demo_episodes"
 PARTS = ("vision", "projector", "language")
 RESAMPLES = 20000
+#: Figure -> digits that it is shown with.
+FIGURES = {"divergence": 4, "bin_distance": 3, "action_l1": 4}
 
 WEIGHTS: dict[str, dict[str, Any] | None] = {
     "equal": None,
@@ -41,6 +45,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"quantizer": {"kind": "gptq"}},
     "awq": {"transforms": [{"kind": "awq"}], "quantizer": {"kind": "rtn", "clip": "awq"}},
 }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answers:
+    """Of one policy to n frames: bins [n, tokens], actions [n, chunk, dims], log p [n, tokens, vocabulary]."""
+
+    bins: NDArray[np.float64]
+    actions: NDArray[np.float64]
+    log_p: torch.Tensor
 
 
 class Bench:
@@ -64,16 +77,24 @@ class Bench:
         """Of each held-out frame: distance of the chosen bins, and of the action."""
         model = vlaquant.load(POLICY)
         vlaquant.quantize(model, recipe, samples=samples)
-        bins, actions = self._answers(model)
+        found, wanted = self._answers(model), self.wanted
+        divergence = (wanted.log_p.exp() * (wanted.log_p - found.log_p)).sum(dim=-1).mean(dim=-1)
         return {
-            "bin_distance": np.abs(bins - self.wanted[0]).mean(axis=1),
-            "action_l1": np.abs(actions - self.wanted[1]).mean(axis=(1, 2)),
+            "divergence": divergence.double().numpy(),
+            "bin_distance": np.abs(found.bins - wanted.bins).mean(axis=1),
+            "action_l1": np.abs(found.actions - wanted.actions).mean(axis=(1, 2)),
         }
 
-    def _answers(self, model: torch.nn.Module) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _answers(self, model: torch.nn.Module) -> "Answers":
         answers = [ask(model, observation) for observation in self.held_out]
         bins = np.concatenate([answer.bins for answer in answers if answer.bins is not None])
-        return bins.astype(np.float64), np.concatenate([answer.actions for answer in answers])
+        family, log_p = family_of_model(model), []
+        with torch.inference_mode():
+            for observation in self.held_out:
+                inputs = family.inputs(model, observation)
+                tokens = inputs["input_ids"].shape[1] - int(inputs["prompt_tokens"]) + 1
+                log_p.append(family.run(model, inputs)[0, -tokens:].float().log_softmax(dim=-1))
+        return Answers(bins.astype(np.float64), np.concatenate([a.actions for a in answers]), torch.stack(log_p))
 
     def paired(self, better: Sequence[NDArray[np.float64]], than: Sequence[NDArray[np.float64]]) -> dict[str, float]:
         """Mean difference over seeds and frames, 95 % interval, and the share of resamples in which it is not below 0.
@@ -113,7 +134,7 @@ def weights_contest(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
                 if name != "equal":
                     row["against_equal"] = {
                         key: bench.paired([one[key] for one in seeds], [one[key] for one in found["equal"]])
-                        for key in ("bin_distance", "action_l1")
+                        for key in seeds[0]
                     }
                 rows[f"w{bits} g64 {method}, {name}"] = row
     return rows
@@ -140,26 +161,23 @@ def summary(seeds: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
 
 
 def table(rows: dict[str, Any]) -> str:
-    lines: list[tuple[str, ...]] = [("", "bin distance", "seeds", "action L1", "seeds", "against equal weights, bins")]
+    lines: list[tuple[str, ...]] = [
+        ("", "divergence", "bin distance", "action L1", "against equal weights, divergence")
+    ]
     for name, row in rows.items():
-        against = row.get("against_equal", {}).get("bin_distance")
-        figures = [
-            text
-            for key, digits in (("bin_distance", 3), ("action_l1", 4))
-            for text in (
-                f"{row[key]['mean']:.{digits}f}",
-                " ".join(f"{value:.{digits}f}" for value in row[key]["seeds"]),
-            )
-        ]
-        note = (
-            ""
-            if against is None
-            else (
-                f"{against['difference']:+.3f} [{against['low']:+.3f}, {against['high']:+.3f}], p = {against['p']:.1e}"
-            )
-        )
+        against = row.get("against_equal", {}).get("divergence")
+        figures = [_spread(row[key]["seeds"], digits) for key, digits in FIGURES.items()]
+        note = ""
+        if against is not None:
+            interval = f"[{against['low']:+.4f}, {against['high']:+.4f}]"
+            note = f"{against['difference']:+.4f} {interval}, p = {against['p']:.1e}"
         lines.append((name, *figures, note))
     return format_table(lines)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    spread = f" ±{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def main() -> None:
