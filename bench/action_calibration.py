@@ -91,9 +91,8 @@ class Bench:
         family, log_p = family_of_model(model), []
         with torch.inference_mode():
             for observation in self.held_out:
-                inputs = family.inputs(model, observation)
-                tokens = inputs["input_ids"].shape[1] - int(inputs["prompt_tokens"]) + 1
-                log_p.append(family.run(model, inputs)[0, -tokens:].float().log_softmax(dim=-1))
+                logits = family.run(model, family.inputs(model, observation))[0, -bins.shape[1] :]
+                log_p.append(logits.float().log_softmax(dim=-1))
         return Answers(bins.astype(np.float64), np.concatenate([a.actions for a in answers]), torch.stack(log_p))
 
     def paired(self, better: Sequence[NDArray[np.float64]], than: Sequence[NDArray[np.float64]]) -> dict[str, float]:
