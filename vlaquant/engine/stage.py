@@ -19,7 +19,7 @@ from vlaquant.numerics import QuantizedWeight
 from vlaquant.passes.layer import LayerRecord, Work, static_input
 from vlaquant.passes.transform import TransformRecord, suits, transform_group_
 from vlaquant.plan import LayerPlan
-from vlaquant.recipe import Recipe, Transform
+from vlaquant.recipe import Recipe, Scaling
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +114,7 @@ def transform_stage_(
         look: gives what the stage computes; called in the main process only.
         processes: that do the same; the main one decides.
     """
-    pairs = [(transform, fold) for transform in recipe.transforms for fold in folds if suits(transform, fold)]
+    pairs = [(transform, fold) for transform in recipe.scalings for fold in folds if suits(transform, fold)]
     if not pairs:
         return ()
     check = FoldCheck(model.get_submodule(unit), look) if processes.main else None
@@ -137,7 +137,7 @@ def transform_stage_(
     return _one_by_one(model, pairs, works, wrong, check, processes)
 
 
-def _refused(transform: Transform, fold: FoldGroup, reason: str) -> TransformRecord:
+def _refused(transform: Scaling, fold: FoldGroup, reason: str) -> TransformRecord:
     return TransformRecord(
         transform.kind, fold.source, fold.targets, None, None, kept=False, strength=0.0, reverted=reason
     )
@@ -145,7 +145,7 @@ def _refused(transform: Transform, fold: FoldGroup, reason: str) -> TransformRec
 
 def _one_by_one(
     model: nn.Module,
-    pairs: Sequence[tuple[Transform, FoldGroup]],
+    pairs: Sequence[tuple[Scaling, FoldGroup]],
     works: Mapping[str, Work],
     wrong: Mapping[FoldGroup, str],
     check: FoldCheck | None,

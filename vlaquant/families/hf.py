@@ -24,6 +24,7 @@ from vlaquant.families.folds import Fold, llama_folds
 from vlaquant.families.hf_samples import image_text_inputs
 from vlaquant.families.observation import Observation
 from vlaquant.families.renaming import live_names, require_complete
+from vlaquant.families.streams import llama_stream
 
 _ANYWHERE = r"(?:.*\.)?"
 _VISION = "visual|vision_tower|vision_model|vision_encoder|vision_backbone|image_tower|video_tower"
@@ -192,4 +193,17 @@ HF = Family(
     check=_check,
     keep_float=((rf"{_ANYWHERE}(?:mlp\.gate|router|shared_expert_gate)", _ROUTER),),
     live_names=live_names,
+    stream=llama_stream(
+        r".*",
+        head=rf"{_ANYWHERE}lm_head",
+        # LLaVA and InternVL; PaliGemma; SmolVLM
+        inputs=(
+            (rf"{_ANYWHERE}multi_modal_projector\.linear_2", rf"{_ANYWHERE}multi_modal_projector\.linear"),
+            (rf"{_ANYWHERE}connector\.modality_projection\.proj",),
+        ),
+        apart=(
+            rf"{_ANYWHERE}(?:vision_tower|vision_model)(?:\..*)?",
+            rf"{_ANYWHERE}multi_modal_projector\.(?:layer_norm|linear_1)",
+        ),
+    ),
 )

@@ -14,6 +14,7 @@ from vlaquant.errors import CalibrationError, CheckpointError
 from vlaquant.families.base import Converted, Family, Inputs, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
 from vlaquant.families.renaming import require_complete, stored_dtype
+from vlaquant.families.streams import llama_stream
 from vlaquant.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from vlaquant.models.openvla.actions import action_statistics, normalize, state_statistics, unnormalize
 from vlaquant.models.openvla.side_heads import SideHeads, find_side_heads, read_side_heads
@@ -243,4 +244,11 @@ OPENVLA = Family(
     ),
     act=_act,
     converted=_converted,
+    # The heads of OpenVLA-OFT read hidden states through a LayerNorm, and are not in here
+    stream=llama_stream(
+        r"language_model\.model",
+        head=r"language_model\.lm_head",
+        inputs=((r"projector\.fc3", r"projector\.fc2"),),
+        apart=(r"vision_backbone\..*", r"projector\.fc[12]"),
+    ),
 )
