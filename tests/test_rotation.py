@@ -275,7 +275,7 @@ def test_what_cannot_be_rotated_is_refused(kind: str) -> None:
 
 def test_heads_that_read_hidden_states_are_refused(tmp_path: Path) -> None:
     model = vlaquant.load(save_oft(tmp_path / "oft"))
-    with pytest.raises(PlanError, match="(action_head|proprio_projector).* has no place"):
+    with pytest.raises(PlanError, match=r"(action_head|proprio_projector).* has no place"):
         plan_for(model, family_of_model(model), recipe())
 
 
