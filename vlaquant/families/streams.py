@@ -134,7 +134,7 @@ def find_residual(model: nn.Module, family: str, stream: Stream | None, folds: S
             f"rotation: family {family!r} has no residual stream that can be rotated; remove the transform, or use "
             "awq or smoothquant"
         )
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     stack = _stack(modules, stream)
     blocks = [f"{stream.blocks.format(stack=stack)}.{i}" for i in range(len(_list(modules, stream, stack)))]
     head = [name for name in modules if re.fullmatch(stream.head, name)]
