@@ -21,7 +21,7 @@ from vlaquant.engine.opening import Opened
 from vlaquant.engine.rotating import plan_for, rotate_
 from vlaquant.errors import PlanError, RecipeError
 from vlaquant.families import Family, family_of_model
-from vlaquant.passes import rotation
+from vlaquant.passes import hadamard, rotation
 from vlaquant.recipe import Recipe, load_recipe
 
 EXACT = 1e-10
@@ -157,12 +157,12 @@ def test_channels_that_stand_out_do_no_longer() -> None:
     assert worst(model.model.embed_tokens.weight) < before / 4
 
 
-def without_gain(columns: Any) -> Any:
-    return lambda weight, turn, gain=None: columns(weight, turn)
+def without_gain(weight: Tensor, turn: hadamard.Rotation, gain: Tensor | None = None) -> Tensor:
+    return hadamard.turned_columns(weight, turn)
 
 
-def wrong_side(columns: Any) -> Any:
-    return lambda weight, turn: columns(weight, turn) if weight.shape[0] == weight.shape[1] else weight
+def wrong_side(weight: Tensor, turn: hadamard.Rotation) -> Tensor:
+    return hadamard.turned_columns(weight, turn) if weight.shape[0] == weight.shape[1] else weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -170,14 +170,15 @@ def wrong_side(columns: Any) -> Any:
 def test_a_wrong_rotation_is_seen(defect: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wide(llama()).to(dtype)
     if defect == "gain forgotten":
-        monkeypatch.setattr(rotation, "turned_columns", without_gain(rotation.turned_columns))
+        monkeypatch.setattr(rotation, "turned_columns", without_gain)
     elif defect == "wrong side":
-        monkeypatch.setattr(rotation, "turned_rows", wrong_side(rotation.turned_columns))
+        monkeypatch.setattr(rotation, "turned_rows", wrong_side)
     else:
-        real = rotating.turned_tensors
 
         def one_side(*args: Any) -> dict[str, rotation.Turned]:
-            return {name: one for name, one in real(*args).items() if not name.endswith("o_proj.weight")}
+            return {
+                name: one for name, one in rotation.turned_tensors(*args).items() if not name.endswith("o_proj.weight")
+            }
 
         monkeypatch.setattr(rotating, "turned_tensors", one_side)
     with pytest.raises(PlanError, match="changed the output"):

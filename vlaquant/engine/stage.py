@@ -19,7 +19,7 @@ from vlaquant.numerics import QuantizedWeight
 from vlaquant.passes.layer import LayerRecord, Work, static_input
 from vlaquant.passes.transform import TransformRecord, suits, transform_group_
 from vlaquant.plan import LayerPlan
-from vlaquant.recipe import Recipe, Scaling
+from vlaquant.recipe import Recipe, Transform
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,7 +137,7 @@ def transform_stage_(
     return _one_by_one(model, pairs, works, wrong, check, processes)
 
 
-def _refused(transform: Scaling, fold: FoldGroup, reason: str) -> TransformRecord:
+def _refused(transform: Transform, fold: FoldGroup, reason: str) -> TransformRecord:
     return TransformRecord(
         transform.kind, fold.source, fold.targets, None, None, kept=False, strength=0.0, reverted=reason
     )
@@ -145,7 +145,7 @@ def _refused(transform: Scaling, fold: FoldGroup, reason: str) -> TransformRecor
 
 def _one_by_one(
     model: nn.Module,
-    pairs: Sequence[tuple[Scaling, FoldGroup]],
+    pairs: Sequence[tuple[Transform, FoldGroup]],
     works: Mapping[str, Work],
     wrong: Mapping[FoldGroup, str],
     check: FoldCheck | None,

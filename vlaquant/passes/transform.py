@@ -23,7 +23,7 @@ from vlaquant.passes.fold import apply_fold_, channels_of, fold_layer_scale_, ga
 from vlaquant.passes.layer import Work
 from vlaquant.passes.loss import output_loss, weight_loss
 from vlaquant.passes.smoothquant import smooth_scale
-from vlaquant.recipe import LayerScale, Scaling, SmoothQuant
+from vlaquant.recipe import LayerScale, SmoothQuant, Transform
 from vlaquant.scheme import Granularity, QuantSpec
 
 #: Rows of all targets together by which scales are compared; the best are then measured on all. (In SmolLM2, 1024 of
@@ -65,13 +65,13 @@ class TransformRecord:
         return cls(**{**values, "targets": tuple(values["targets"])})
 
 
-def suits(transform: Scaling, group: FoldGroup) -> bool:
+def suits(transform: Transform, group: FoldGroup) -> bool:
     """Whether a transform is for folds of this kind."""
     return isinstance(transform, LayerScale) == (group.gamma is not None)
 
 
 def transform_group_(
-    model: nn.Module, group: FoldGroup, works: Mapping[str, Work], transform: Scaling
+    model: nn.Module, group: FoldGroup, works: Mapping[str, Work], transform: Transform
 ) -> TransformRecord:
     """Try ``transform`` on one fold that it :func:`suits`; changes weights and the source if it helps.
 

@@ -282,9 +282,9 @@ class Text(Section):
     min_tokens: PositiveInt = 32
 
 
-#: Done stage by stage; a rotation changes the whole model before the first one.
-Scaling = SmoothQuant | Awq | LayerScale
-Transform = Annotated[Scaling | Rotation, Field(discriminator="kind")]
+Transform = Annotated[SmoothQuant | Awq | LayerScale, Field(discriminator="kind")]
+#: A rotation changes the whole model before its first stage, all others are done stage by stage.
+AnyTransform = Annotated[SmoothQuant | Awq | LayerScale | Rotation, Field(discriminator="kind")]
 Quantizer = Annotated[Rtn | Gptq, Field(discriminator="kind")]
 Calibration = Annotated[Episodes | LeRobot | JsonLines | Text, Field(discriminator="kind")]
 
@@ -302,7 +302,7 @@ def _some_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return rules
 
 
-def _rotation_first(transforms: tuple[Transform, ...]) -> tuple[Transform, ...]:
+def _rotation_first(transforms: tuple[AnyTransform, ...]) -> tuple[AnyTransform, ...]:
     if any(isinstance(transform, Rotation) for transform in transforms[1:]):
         raise ValueError("rotation changes the whole model before anything else: put it first, and only once")
     return transforms
@@ -326,7 +326,7 @@ class Recipe(Section):
     output: RecipePath | None = None
     rules: Annotated[tuple[Rule, ...], Field(strict=False), AfterValidator(_some_rules)]
     on_indivisible: OnIndivisible = "error"
-    transforms: Annotated[tuple[Transform, ...], Field(strict=False), AfterValidator(_rotation_first)] = ()
+    transforms: Annotated[tuple[AnyTransform, ...], Field(strict=False), AfterValidator(_rotation_first)] = ()
     quantizer: Quantizer = Rtn()
     propagate: Literal["quantized", "float"] = "quantized"
     calibration: Calibration | None = None
@@ -339,7 +339,7 @@ class Recipe(Section):
         return first if isinstance(first, Rotation) else None
 
     @property
-    def scalings(self) -> tuple[Scaling, ...]:
+    def scalings(self) -> tuple[Transform, ...]:
         """The transforms that are done stage by stage."""
         return tuple(transform for transform in self.transforms if not isinstance(transform, Rotation))
 
