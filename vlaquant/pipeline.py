@@ -10,12 +10,13 @@ from torch import nn
 from vlaquant.checkpoint import check_output, read_config, read_manifest
 from vlaquant.engine.opening import Run
 from vlaquant.engine.processes import Processes
+from vlaquant.engine.rotating import plan_for, untied_config
 from vlaquant.engine.run import QuantizationRun, RunOptions
 from vlaquant.engine.work import finished_run
 from vlaquant.errors import PlanError
 from vlaquant.export.writing import write, write_streamed
 from vlaquant.families import family_of_config, family_of_model
-from vlaquant.plan import Plan, make_plan
+from vlaquant.plan import Plan
 from vlaquant.recipe import Recipe, load_recipe, needs_calibration, require_calibration
 from vlaquant.result import QuantizationResult
 
@@ -30,10 +31,10 @@ def plan(model_or_path: nn.Module | str | Path, recipe: RecipeLike) -> Plan:
     """
     recipe = load_recipe(recipe)
     if isinstance(model_or_path, nn.Module):
-        return make_plan(model_or_path, family_of_model(model_or_path, recipe.family), recipe)
+        return plan_for(model_or_path, family_of_model(model_or_path, recipe.family), recipe)
     directory = Path(model_or_path)
     family = family_of_config(read_config(directory), recipe.family)
-    return make_plan(family.build(directory), family, recipe)
+    return plan_for(family.build(directory), family, recipe)
 
 
 def quantize(
@@ -85,7 +86,8 @@ def quantize(
         Processes.current(options.device) as processes,
         QuantizationRun(model_or_path, recipe, target, options, show=progress, processes=processes) as job,
     ):
-        data, made = job.observe(make_plan(job.opened.model, job.opened.family, recipe), samples, run)
+        opened = job.opened
+        data, made = job.observe(plan_for(opened.model, opened.family, recipe, untied=opened.untied), samples, run)
         if not made.quantized and not made.replaced_tables:
             raise PlanError(f"no layer is left to quantize:\n{made}")
         loop = job.stages(made, data, overwrite=overwrite, resume=resume)
@@ -101,6 +103,7 @@ def quantize(
 def _write(job: QuantizationRun, result: QuantizationResult, output: Path, *, overwrite: bool) -> dict[str, Any]:
     """The directory, from memory or from finished stages; returns its manifest."""
     opened = job.opened
+    changed = {} if opened.untied is None or opened.directory is None else untied_config(opened.directory)
     if opened.files is None:
         return write(
             result.model,
@@ -109,6 +112,7 @@ def _write(job: QuantizationRun, result: QuantizationResult, output: Path, *, ov
             source=opened.directory,
             family=opened.family,
             inputs=job.inputs,
+            changed=changed,
             overwrite=overwrite,
         )
     assert opened.directory is not None
@@ -121,5 +125,6 @@ def _write(job: QuantizationRun, result: QuantizationResult, output: Path, *, ov
         family=opened.family,
         inputs=job.inputs,
         fits=job.fits(result.plan.bytes_after),
+        changed=changed,
         overwrite=overwrite,
     )

@@ -9,9 +9,9 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -52,14 +52,14 @@ _PIECE_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: bytes ``start`` to ``end`` of ``file``, or in memory if there is a ``tensor``."""
+    """Where one tensor lies: bytes ``start`` to ``end`` of ``file``; if there is a ``make``, that gives it instead."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     end: int
-    tensor: Tensor | None = field(default=None, compare=False, repr=False)
+    make: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +164,23 @@ class TensorFiles(Mapping[str, TensorEntry]):
         if twice:
             raise CheckpointError(f"{directory}: {twice[0]} lies in the weights and beside them; delete one of them")
         for name, tensor in tensors.items():
-            entry = TensorEntry(directory / name, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, tensor)
+            entry = TensorEntry(directory / name, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, tensor.clone)
             self._entries[name] = entry
+
+    def derive_(self, made: Mapping[str, tuple[Sequence[str], Callable[..., Tensor]]]) -> None:
+        """Let tensors be computed whenever they are read, instead of being what lies in the files.
+
+        Args:
+            made: {name, known or new: (tensors as they were before this call, what to do with them)}. The result is on
+                the CPU, with dtype and shape of the first of these tensors.
+        """
+        before = dict(self._entries)
+        for name, (sources, function) in made.items():
+            entries = [before[source] for source in sources]
+            self._entries[name] = replace(entries[0], make=self._computed(entries, function))
+
+    def _computed(self, entries: Sequence[TensorEntry], function: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        return lambda: function(*(self._read(entry) for entry in entries))
 
     def _same(self, one: str, other: str) -> bool:
         if (self[one].dtype, self[one].shape) != (self[other].dtype, self[other].shape):
@@ -183,9 +198,11 @@ class TensorFiles(Mapping[str, TensorEntry]):
         Raises:
             CheckpointError: the file changed since it was opened, or cannot be read.
         """
-        entry = self[name]
-        if entry.tensor is not None:
-            return entry.tensor.clone()
+        return self._read(self[name])
+
+    def _read(self, entry: TensorEntry) -> Tensor:
+        if entry.make is not None:
+            return entry.make()
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         self._fill(entry, entry.start, tensor_bytes(tensor))
         self._check_unchanged(entry.file)
@@ -198,8 +215,8 @@ class TensorFiles(Mapping[str, TensorEntry]):
             CheckpointError: as :meth:`read`.
         """
         entry = self[name]
-        if entry.tensor is not None:
-            whole = tensor_bytes(entry.tensor)
+        if entry.make is not None:
+            whole = tensor_bytes(entry.make().contiguous())
             yield from (whole[start : start + _PIECE_BYTES] for start in range(0, len(whole), _PIECE_BYTES))
             return
         buffer = memoryview(bytearray(min(_PIECE_BYTES, entry.end - entry.start)))

@@ -122,7 +122,7 @@ class StageLoop:
         """
         begin = self._resume()
         self._log.begin(len(self._stages), done=begin)
-        if self._recipe.transforms:
+        if self._recipe.scalings:
             for source, reason in refused_folds(self._model, self._family.folds).items():
                 self._log.say(f"{source}: no scale can be folded: {reason}")
         for index in range(begin, len(self._stages)):
@@ -143,10 +143,10 @@ class StageLoop:
         stats = self._observe(index, stage, layers)
         if not layers:
             return StageResult({}, (), ())
-        works = working_copies(self._model, layers, stats, wide=bool(self._recipe.transforms))
+        works = working_copies(self._model, layers, stats, wide=bool(self._recipe.scalings))
         del stats
         transforms: tuple[TransformRecord, ...] = ()
-        if self._data is not None and self._recipe.transforms:
+        if self._data is not None and self._recipe.scalings:
             folds = eligible_folds(self._model, self._folds, works, self._data.shared, stage.unit)
             transforms = transform_stage_(
                 self._model,

@@ -30,6 +30,7 @@ class Opened:
         directory: where it came from; None if it came from memory.
         files: its weights, if they come on demand.
         note: how it is held and why, for whoever watches.
+        untied: the head that a rotation gave a weight of its own.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Opened:
     directory: Path | None
     files: TensorFiles | None
     note: str
+    untied: str | None = None
 
 
 def open_model(model_or_path: nn.Module | str | Path, recipe: Recipe, *, stream: bool) -> Opened:

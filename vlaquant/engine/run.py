@@ -26,6 +26,7 @@ from vlaquant.engine.masking import Masks, sample_masks
 from vlaquant.engine.opening import Run, bring_weights, open_model, recipe_samples
 from vlaquant.engine.prediction import Prediction, available_memory, predict, require_room, resident_memory
 from vlaquant.engine.processes import ALONE, Processes
+from vlaquant.engine.rotating import rotate_
 from vlaquant.engine.stage import put_tensor_
 from vlaquant.engine.tables import pack_tables_
 from vlaquant.engine.weighing import Weights, token_weights
@@ -119,6 +120,7 @@ class QuantizationRun:
         self._options = options
         self._show = show and processes.main
         self._units = find_units(self.opened.model)
+        self.opened = rotate_(self.opened, recipe, self._units, self._device)
         keep = recipe.calibration is not None or bool(needs_calibration(recipe))
         self._weights = bring_weights(self.opened, self._units, self._device, keep=keep)
         self._tables: dict[str, Table] = {}
@@ -224,7 +226,7 @@ class QuantizationRun:
             plan,
             self._units,
             with_data=data is not None,
-            keep_all=bool(self._recipe.transforms),
+            keep_all=bool(self._recipe.scalings),
             streamed=self.opened.files is not None,
             activations=0 if data is None else data.flow.bytes_per_sample * len(data.samples),
             seconds=None if data is None else self._seconds(data),

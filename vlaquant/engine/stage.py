@@ -114,7 +114,7 @@ def transform_stage_(
         look: gives what the stage computes; called in the main process only.
         processes: that do the same; the main one decides.
     """
-    pairs = [(transform, fold) for transform in recipe.transforms for fold in folds if suits(transform, fold)]
+    pairs = [(transform, fold) for transform in recipe.scalings for fold in folds if suits(transform, fold)]
     if not pairs:
         return ()
     check = FoldCheck(model.get_submodule(unit), look) if processes.main else None

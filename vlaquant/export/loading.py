@@ -87,8 +87,9 @@ def _fill_(model: nn.Module, directory: Path) -> None:
         )
     filled = model.state_dict(keep_vars=True)
     for names in tied.values():
-        for other in names[1:]:  # the file holds the first
-            put_tensor_(model, other, filled[names[0]])
+        for other in names[1:]:  # the file holds the first; and the others too if they are no longer tied
+            if other not in tensors:
+                put_tensor_(model, other, filled[names[0]])
     everything = [*model.named_parameters(), *model.named_buffers()]
     empty = [name for name, tensor in everything if tensor.is_meta]
     if empty:

@@ -1,7 +1,7 @@
 """A quantized model → a directory, verified before it takes its name."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def write(
     source: Path | None,
     family: Family,
     inputs: Inputs | None,
+    changed: Mapping[str, Any],
     overwrite: bool,
 ) -> dict[str, Any]:
     """Write a model in memory to ``output`` and verify it in a fresh process; all or nothing.
@@ -48,6 +49,7 @@ def write(
         source: the float checkpoint, whose side files are copied; None if the model came from memory.
         family: loads and runs the directory in a fresh process; ``module`` cannot, so only tensors are compared.
         inputs: of the run that is compared; None takes the family's made-up example.
+        changed: fields of the source's ``config.json`` that the run changed.
         overwrite: replace what is there.
 
     Returns:
@@ -60,7 +62,7 @@ def write(
         converted = Converted() if source is None else family.converted(source)
         write_tensors(partial, file_tensors(model), numbered=converted.numbered)
         side = _write_side_files(model, partial, source, converted)
-        config = _float_config(model, source) | converted.config
+        config = _float_config(model, source) | converted.config | dict(changed)
         config |= {"quantization_config": to_quantization_config(model)}
         origin = _weights_of(source, converted)
         return _complete(partial, manifest, config, side, origin, lambda _: verify(model, partial, family, inputs))
@@ -76,6 +78,7 @@ def write_streamed(
     family: Family,
     inputs: Inputs | None,
     fits: bool,
+    changed: Mapping[str, Any],
     overwrite: bool,
 ) -> dict[str, Any]:
     """As :func:`write`, for a model that is never in memory: tensors are copied from finished units and the source.
@@ -89,6 +92,7 @@ def write_streamed(
         family: as for :func:`write`.
         inputs: as for :func:`write`.
         fits: whether the packed model may be loaded, to compare its output in two processes.
+        changed: as for :func:`write`.
         overwrite: replace what is there.
 
     Raises:
@@ -98,7 +102,7 @@ def write_streamed(
     with atomic_directory(output, overwrite=overwrite) as partial:
         converted = family.converted(source)
         side = copy_side_files(source, partial, converted.files)
-        write_json(partial / "config.json", read_config(source) | converted.config)
+        write_json(partial / "config.json", read_config(source) | converted.config | dict(changed))
         skeleton = packed_skeleton(partial, manifest)
         places = {name: unit.files for unit in finished for name in unit.digests}
         names = file_names(skeleton)

@@ -14,6 +14,7 @@ from vlaquant.families.module import MODULE
 from vlaquant.families.observation import Observation
 from vlaquant.families.openvla import OPENVLA
 from vlaquant.families.pi0 import PI0
+from vlaquant.families.streams import Residual, find_residual
 
 __all__ = [
     "FAMILIES",
@@ -24,10 +25,12 @@ __all__ = [
     "FoldGroup",
     "Inputs",
     "Observation",
+    "Residual",
     "family_called",
     "family_of_config",
     "family_of_model",
     "find_folds",
+    "find_residual",
     "norm_offset",
     "refused_folds",
     "register_family",

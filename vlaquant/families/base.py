@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from vlaquant.families.folds import Fold
+from vlaquant.families.streams import Stream
 
 #: Tensors that go into the model once, by name; what verification stores to repeat a run in another process.
 Inputs = dict[str, Tensor]
@@ -98,6 +99,7 @@ class Family:
         live_names: (model, names in a source's files) -> {name in a file: name in the model}, where they differ; None
             where they never do.
         converted: source directory -> what of it becomes something else in an output.
+        stream: the residual stream, where it can be rotated; None if it cannot, or nobody has described it.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Family:
     objective: Callable[[Any, Inputs], Tensor] | None = None
     live_names: Callable[[nn.Module, Sequence[str]], dict[str, str]] | None = None
     converted: Callable[[Path], Converted] = nothing_converted
+    stream: Stream | None = None
 
     def why_float(self, module_name: str) -> str | None:
         """Why a Linear stays as it is unless a rule names it; None if nothing speaks for that."""

@@ -25,6 +25,7 @@ from vlaquant.families.hf_samples import image_text_inputs
 from vlaquant.families.objectives import sampled_surprise
 from vlaquant.families.observation import Observation
 from vlaquant.families.renaming import live_names, require_complete
+from vlaquant.families.streams import llama_stream
 
 _ANYWHERE = r"(?:.*\.)?"
 _VISION = "visual|vision_tower|vision_model|vision_encoder|vision_backbone|image_tower|video_tower"
@@ -209,4 +210,17 @@ HF = Family(
     token_types=_token_types,
     objective=_objective,
     live_names=live_names,
+    stream=llama_stream(
+        r".*",
+        head=rf"{_ANYWHERE}lm_head",
+        # LLaVA and InternVL; PaliGemma; SmolVLM
+        inputs=(
+            (rf"{_ANYWHERE}multi_modal_projector\.linear_2", rf"{_ANYWHERE}multi_modal_projector\.linear"),
+            (rf"{_ANYWHERE}connector\.modality_projection\.proj",),
+        ),
+        apart=(
+            rf"{_ANYWHERE}(?:vision_tower|vision_model)(?:\..*)?",
+            rf"{_ANYWHERE}multi_modal_projector\.(?:layer_norm|linear_1)",
+        ),
+    ),
 )

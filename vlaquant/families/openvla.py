@@ -15,6 +15,7 @@ from vlaquant.families.base import Converted, Family, Inputs, TokenType, empty_w
 from vlaquant.families.folds import Fold, llama_folds
 from vlaquant.families.objectives import random_direction, sampled_surprise
 from vlaquant.families.renaming import require_complete, stored_dtype
+from vlaquant.families.streams import llama_stream
 from vlaquant.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from vlaquant.models.openvla.actions import action_statistics, normalize, state_statistics, unnormalize
 from vlaquant.models.openvla.side_heads import SideHeads, find_side_heads, read_side_heads
@@ -279,4 +280,11 @@ OPENVLA = Family(
     token_types=_token_types,
     objective=_objective,
     converted=_converted,
+    # The heads of OpenVLA-OFT read hidden states through a LayerNorm, and are not in here
+    stream=llama_stream(
+        r"language_model\.model",
+        head=r"language_model\.lm_head",
+        inputs=((r"projector\.fc3", r"projector\.fc2"),),
+        apart=(r"vision_backbone\..*", r"projector\.fc[12]"),
+    ),
 )

@@ -1,7 +1,7 @@
 """Which parts of a recipe cannot work without calibration data."""
 
 from vlaquant.errors import RecipeError
-from vlaquant.recipe.sections import Gptq, LayerScale, Recipe
+from vlaquant.recipe.sections import Gptq, LayerScale, Recipe, Rotation
 
 
 def needs_calibration(recipe: Recipe) -> list[str]:
@@ -12,6 +12,8 @@ def needs_calibration(recipe: Recipe) -> list[str]:
         if scheme is not None and scheme.activation is not None and not scheme.activation.dynamic:
             reasons.append(f"rules[{position}] ({scheme.name}: activation ranges are fixed beforehand)")
     for position, transform in enumerate(recipe.transforms):
+        if isinstance(transform, Rotation):
+            continue
         why = "is checked on real inputs" if isinstance(transform, LayerScale) else "scales come from activations"
         reasons.append(f"transforms[{position}] ({transform.kind}: {why})")
     if isinstance(recipe.quantizer, Gptq):

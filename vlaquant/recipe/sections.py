@@ -158,6 +158,25 @@ class LayerScale(Section):
     kind: Literal["layerscale"] = "layerscale"
 
 
+class Rotation(Section):
+    """Turn the float model into another basis, drawn from the recipe's seed, in which no channel stands out.
+
+    Attributes:
+        residual: turn the residual stream. A head that shares its weight with the embedding gets one of its own.
+        values: turn the values of each attention head.
+    """
+
+    kind: Literal["rotation"] = "rotation"
+    residual: bool = True
+    values: bool = True
+
+    @model_validator(mode="after")
+    def _turns_something(self) -> Self:
+        if not (self.residual or self.values):
+            raise ValueError("turns nothing; leave it out, or set 'residual' or 'values' to true")
+        return self
+
+
 class Rtn(Section):
     """Round each weight to the nearest code.
 
@@ -287,13 +306,15 @@ class Text(Section):
 
 
 Transform = Annotated[SmoothQuant | Awq | LayerScale, Field(discriminator="kind")]
+#: A rotation changes the whole model before its first stage, all others are done stage by stage.
+AnyTransform = Annotated[SmoothQuant | Awq | LayerScale | Rotation, Field(discriminator="kind")]
 Quantizer = Annotated[Rtn | Gptq, Field(discriminator="kind")]
 TokenWeights = Annotated[TypeWeights | GradientWeights, Field(discriminator="kind")]
 Calibration = Annotated[Episodes | LeRobot | JsonLines | Text, Field(discriminator="kind")]
 
 #: Key of the recipe -> {kind: the section it then holds}.
 KINDS: dict[str, dict[str, type[Section]]] = {
-    "transforms": {"smoothquant": SmoothQuant, "awq": Awq, "layerscale": LayerScale},
+    "transforms": {"smoothquant": SmoothQuant, "awq": Awq, "layerscale": LayerScale, "rotation": Rotation},
     "quantizer": {"rtn": Rtn, "gptq": Gptq},
     "token_weights": {"types": TypeWeights, "gradient": GradientWeights},
     "calibration": {"episodes": Episodes, "lerobot": LeRobot, "jsonl": JsonLines, "text": Text},
@@ -304,6 +325,12 @@ def _some_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     if not rules:
         raise ValueError("is empty, so nothing would be quantized; add one such as {part: language, scheme: w4a16}")
     return rules
+
+
+def _rotation_first(transforms: tuple[AnyTransform, ...]) -> tuple[AnyTransform, ...]:
+    if any(isinstance(transform, Rotation) for transform in transforms[1:]):
+        raise ValueError("rotation changes the whole model before anything else: put it first, and only once")
+    return transforms
 
 
 class Recipe(Section):
@@ -325,12 +352,23 @@ class Recipe(Section):
     output: RecipePath | None = None
     rules: Annotated[tuple[Rule, ...], Field(strict=False), AfterValidator(_some_rules)]
     on_indivisible: OnIndivisible = "error"
-    transforms: Annotated[tuple[Transform, ...], Field(strict=False)] = ()
+    transforms: Annotated[tuple[AnyTransform, ...], Field(strict=False), AfterValidator(_rotation_first)] = ()
     quantizer: Quantizer = Rtn()
     propagate: Literal["quantized", "float"] = "quantized"
     token_weights: TokenWeights | None = None
     calibration: Calibration | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """The transform that changes the whole model before its first stage."""
+        first = self.transforms[0] if self.transforms else None
+        return first if isinstance(first, Rotation) else None
+
+    @property
+    def scalings(self) -> tuple[Transform, ...]:
+        """The transforms that are done stage by stage."""
+        return tuple(transform for transform in self.transforms if not isinstance(transform, Rotation))
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with all defaults written out; ``load_recipe`` turns them back into this recipe."""
