@@ -9,7 +9,22 @@ from vlaquant.report.chart import Chart, Table, wide
 from vlaquant.report.colours import FLOAT, QUANTIZED, paint, part_colours
 from vlaquant.report.evaluated import Benchmark, Evaluation, Rate, Success, Task, Version
 from vlaquant.report.measured import Trace
-from vlaquant.report.svg import Scale, drawing, legend, line, linear, number, path, quiet, rect, tag, text, ticks, tip
+from vlaquant.report.svg import (
+    Scale,
+    drawing,
+    legend,
+    line,
+    linear,
+    number,
+    path,
+    quiet,
+    rect,
+    signed,
+    tag,
+    text,
+    ticks,
+    tip,
+)
 
 _ROW = 30
 
@@ -155,8 +170,8 @@ def success_rates(success: Success) -> Chart:
         test = success.paired
         summary += (
             f" In the same episodes, {test.only_float} were solved by the float policy alone and {test.only_quantized} "
-            f"by the quantized one alone: a difference of {100 * test.difference:+.1f} points "
-            f"[{100 * test.low:+.1f}, {100 * test.high:+.1f}], McNemar p = {test.p_value:.2f}."
+            f"by the quantized one alone: a difference of {signed(100 * test.difference)} points "
+            f"[{signed(100 * test.low)}, {signed(100 * test.high)}], McNemar p = {test.p_value:.2f}."
         )
     rows = tuple((task.name, str(task.before), str(task.after), _points(task)) for task in tasks)
     return Chart(
@@ -168,7 +183,7 @@ def success_rates(success: Success) -> Chart:
 
 
 def _points(task: Task) -> str:
-    return f"{100 * (task.after.rate - task.before.rate):+.1f}"
+    return signed(100 * (task.after.rate - task.before.rate))
 
 
 def _success_drawing(width: int, tasks: Sequence[Task], label: str) -> Markup:

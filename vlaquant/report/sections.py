@@ -10,7 +10,7 @@ from vlaquant.report.charts_weights import outlier_map, weight_histogram
 from vlaquant.report.data import Layer, Report
 from vlaquant.report.evaluated import Evaluation, Pair
 from vlaquant.report.gates import Gate
-from vlaquant.report.svg import number, percent, size
+from vlaquant.report.svg import number, percent, signed, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +137,17 @@ def _success_card(report: Report) -> Card:
     evaluation = report.evaluation
     if evaluation is not None and evaluation.perplexity is not None:
         words = evaluation.perplexity
-        note = f"{100 * (words.after / words.before - 1):+.1f} %"
+        note = f"{signed(100 * (words.after / words.before - 1))} %"
         return Card("Perplexity", number(words.before, 4), number(words.after, 4), note, "actions")
     success = None if evaluation is None else evaluation.success
     if success is None or success.overall is None:
         why = success.skipped if success is not None and success.skipped else "vlaquant eval --rollouts 20 --json"
         return Card("Task success", "", "not measured", why, "missing")
     before, after = success.overall.before, success.overall.after
-    note = f"{100 * (after.rate - before.rate):+.1f} points in {after.episodes} episodes"
+    note = f"{signed(100 * (after.rate - before.rate))} points in {after.episodes} episodes"
     if success.paired is not None:
         note += f", p = {success.paired.p_value:.2f}" + (
-            ": no difference can be seen" if success.paired.p_value >= 0.05 else ": a real difference"
+            ": too few to tell them apart" if success.paired.p_value >= 0.05 else ": a real difference"
         )
     return Card("Task success", _rate(before.rate), _rate(after.rate), note, "success")
 
@@ -301,14 +301,14 @@ def why(layers: Sequence[Layer]) -> Table:
         (
             part,
             stored,
+            reason,
             str(len(same)),
             size(sum(layer.bytes_before for layer in same)),
             size(sum(layer.bytes_after for layer in same)),
-            reason,
         )
         for (part, stored, reason), same in groups.items()
     )
-    return Table(("part", "stored as", "layers", "before", "after", "why"), rows, frozenset({2, 3, 4}))
+    return Table(("part", "stored as", "why", "layers", "before", "after"), rows, frozenset({3, 4, 5}))
 
 
 def missing(report: Report) -> list[Missing]:

@@ -138,6 +138,11 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits - 1}e}"
 
 
+def signed(value: float) -> str:
+    """With a sign and one digit after the point."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
 def percent(share: float, digits: int = 3) -> str:
     """A share as ``12.3 %``."""
     return f"{number(100.0 * share, digits)} %"
@@ -145,10 +150,11 @@ def percent(share: float, digits: int = 3) -> str:
 
 def size(count: float) -> str:
     """Bytes as KiB, MiB or GiB."""
-    for unit, power in (("GiB", 3), ("MiB", 2)):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.2f} {unit}"
-    return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{count:g} bytes"
+    if count >= 2**30:
+        return f"{count / 2**30:.2f} GiB"
+    if count >= 0.1 * 2**20:
+        return f"{count / 2**20:.2f} MiB"
+    return f"{count / 2**10:.1f} KiB" if count >= 2**10 else f"{count:g} bytes"
 
 
 def shortened(name: str, length: int) -> str:
