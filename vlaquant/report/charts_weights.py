@@ -184,5 +184,5 @@ def _scale_bar(x: float, y: float, width: float, doublings: int) -> list[Markup]
         anchor = "start" if doubling == 0 else "end" if doubling == doublings else "middle"
         words = f"{2**doubling}×"
         shapes.append(quiet(x + doubling / doublings * width, y + 24, words, text_anchor=anchor))
-    shapes.append(quiet(x, y + 40, "largest |x| of a channel, over the average channel of its layer"))
+    shapes.append(quiet(x, y + 40, "peak of a channel, over the layer's average"))
     return shapes

@@ -132,7 +132,7 @@ def _some_rows(packed: _Packed, weight: Tensor) -> tuple[QuantizedWeight, Tensor
     scale = stored.scale if len(stored.scale) == 1 else stored.scale[chosen]
     zero = stored.zero if stored.zero is None or len(stored.zero) == 1 else stored.zero[chosen]
     rows = QuantizedWeight(stored.codes[chosen], scale.float(), zero, stored.spec)
-    return rows, weight[chosen].float()
+    return rows, weight.detach()[chosen].float()
 
 
 def folded(weight: Tensor, rounded: Tensor, *, rows: bool, columns: bool) -> Tensor:

@@ -265,7 +265,7 @@ def _figures(evaluation: Evaluation) -> Table:
     if evaluation.observations is not None:
         count = str(evaluation.observations)
         rows.append(("tokens" if language else "observations", count, count))
-    return Table(("", "float", "quantized"), tuple(rows), frozenset({1, 2}))
+    return Table(("figure", "float", "quantized"), tuple(rows), frozenset({1, 2}))
 
 
 def _folds(report: Report) -> Section:
@@ -281,11 +281,11 @@ def _folds(report: Report) -> Section:
             "–" if fold.before is None else percent(fold.before),
             "–" if fold.after is None else percent(fold.after),
             "–" if fold.strength is None else number(fold.strength),
-            "kept" if fold.kept and fold.reverted is None else "not kept",
+            "yes" if fold.kept and fold.reverted is None else "no",
         )
         for fold in report.folds
     )
-    heading = ("from", "kind", "into", "error before", "error after", "strength", "")
+    heading = ("from", "kind", "into", "error before", "error after", "strength", "kept")
     table = Table(heading, rows, frozenset({3, 4, 5}))
     return Section(
         "scales", "Scales", "Scales that were folded", tuple(words), tables=(("All scales", table),), closed=True
