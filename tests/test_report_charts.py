@@ -217,6 +217,6 @@ def test_numbers(value: float, words: str) -> None:
 def test_words() -> None:
     assert percent(0.12345) == "12.3 %"
     assert [size(one) for one in (12, 2048, 1024**2, 3 * 1024**3)] == ["12 bytes", "2.0 KiB", "1.00 MiB", "3.00 GiB"]
-    assert shortened("abcdefghij", 5) == "ab…ij"
+    assert shortened("abcdefghij", 5) == "…ghij"
     assert shortened("abc", 3) == "abc"
     assert tag("a", "<b>", x_=1.50, y=None, z_z='"') == '<a x="1.5" z-z="&#34;">&lt;b&gt;</a>'

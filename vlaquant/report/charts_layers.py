@@ -185,9 +185,10 @@ def _errors_drawing(
         ]
     shapes += _part_bands(layers, x, top, bottom, width)
     ranks = {layer.index: rank for rank, layer in enumerate(worst[:_NAMED], start=1)}
+    radius = 3.0 if (width - left) / max(len(layers), 1) > 5 else 2.0
     position = {layer.index: place for place, layer in enumerate(layers)}
     for layer in sorted(worst, key=lambda one: one.index):
-        shapes.append(_dot(layer, x(position[layer.index]), y, paint(colours[layer.part])))
+        shapes.append(_dot(layer, x(position[layer.index]), y, paint(colours[layer.part]), radius))
     for layer in worst[:_NAMED]:
         shapes += _badge(str(ranks[layer.index]), x(position[layer.index]), y(layer.loss or low) - 14, width)
     for layer in layers:
@@ -219,7 +220,7 @@ def _part_bands(layers: Sequence[Layer], x: Scale, top: float, bottom: float, wi
     return shapes
 
 
-def _dot(layer: Layer, x: float, y: Scale, colour: str) -> Markup:
+def _dot(layer: Layer, x: float, y: Scale, colour: str, radius: float) -> Markup:
     """A layer: a dot, with a stroke to what plain rounding would have given."""
     loss, plain = layer.loss or 0.0, layer.loss_rtn
     words = f"{layer.name} ({layer.stored}): {percent(loss)}"
@@ -227,11 +228,11 @@ def _dot(layer: Layer, x: float, y: Scale, colour: str) -> Markup:
     if plain and abs(y(plain) - y(loss)) > 2:
         shapes += [
             line(x, y(loss), x, y(plain), stroke=colour, stroke_opacity="0.6"),
-            tag("circle", cx=x, cy=y(plain), r=2.0, fill=paint("page"), stroke=colour),
+            tag("circle", cx=x, cy=y(plain), r=0.67 * radius, fill=paint("page"), stroke=colour),
         ]
     if plain:
         words += f", plain rounding {percent(plain)}"
-    shapes.append(tag("circle", cx=x, cy=y(loss), r=3.0, fill=colour))
+    shapes.append(tag("circle", cx=x, cy=y(loss), r=radius, fill=colour))
     return tag("g", tip(words), *shapes, data_layer=layer.index)
 
 

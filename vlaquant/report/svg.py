@@ -158,8 +158,5 @@ def size(count: float) -> str:
 
 
 def shortened(name: str, length: int) -> str:
-    """A name with an ellipsis in its middle where it is longer than that."""
-    if len(name) <= length:
-        return name
-    head = (length - 1) // 2
-    return f"{name[:head]}…{name[len(name) - (length - 1 - head) :]}"
+    """A name that is longer than that, without its beginning: its end says which block and which layer."""
+    return name if len(name) <= length else f"…{name[len(name) - length + 1 :]}"
