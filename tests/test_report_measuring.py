@@ -62,7 +62,8 @@ def test_weights_come_back_through_the_folds(folder: Path, found: Measured) -> N
     target = kept[0]["targets"][0]
     packed, source = vlaquant.load(folder / "packed"), vlaquant.load(folder / "source")
     layer: Any = packed.get_submodule(target)
-    weight: Any = source.get_submodule(target).weight.detach()
+    linear: Any = source.get_submodule(target)
+    weight = linear.weight.detach()
     plain = float((layer.dequantize() - weight).square().sum() / weight.square().sum())
     assert errors[target] < plain
 
@@ -105,7 +106,7 @@ def test_histogram_against_a_loop() -> None:
         inside = sum(low <= value < low + 1 / gram.per_step for value in steps)
         assert gram.weights[index] * len(steps) == pytest.approx(inside, abs=1)
     assert sum(gram.weights) == pytest.approx(1)
-    error = (linear.weight - wanted).square().sum() / linear.weight.square().sum()
+    error = (linear.weight.detach() - wanted).square().sum() / linear.weight.detach().square().sum()
     assert gram.error == pytest.approx(float(error), rel=1e-3)
 
 

@@ -102,5 +102,6 @@ def _labelled(
     words = f"{point.name}: {size(point.bytes)}, {number(point.error)}"
     return [
         tag("circle", tip(words), cx=x, cy=y, r=5.0, fill=fill, stroke=paint(QUANTIZED), stroke_width="2"),
-        text(at, line_y, point.name, text_anchor=anchor),
+        # With a rim in the colour of the page, so that lines behind it do not cross it out
+        text(at, line_y, point.name, text_anchor=anchor, paint_order="stroke", stroke=paint("page"), stroke_width="5"),
     ]

@@ -25,6 +25,8 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+#: In a table, for what is not known.
+_NOTHING = "–"
 #: Width of a drawing that stands beside another one.
 _HALF = 430
 
@@ -62,7 +64,7 @@ def render_comparison(reports: Sequence[Report]) -> str:
     charts = _comparing_charts(reports)
     words = () if charts else ("Give each model the result of its evaluation (--eval), to see size against error.",)
     shown = [
-        Section("front", "Size and error", "Size against error", words, tuple(charts)),
+        Section("front", "Size and error", charts[0].title if charts else "Size against error", words, tuple(charts)),
         Section("figures", "Figures", "All figures", tables=(("All figures", _comparison(reports)),)),
     ]
     page = _TEMPLATES.get_template("comparison.html")
@@ -136,14 +138,22 @@ def _comparing_charts(reports: Sequence[Report]) -> list[Chart]:
 
 
 _FIGURES = (
-    *("model", "stored as", "quantizer", "size", "smaller", "worst layer", "its error", "mean error", "action error"),
-    *("equal tokens", "perplexity", "success", "p", "time", "verdict"),
+    *("model", "size", "smaller", "action error", "equal tokens", "divergence", "perplexity", "success", "p", "time"),
+    *("verdict", "worst layer", "its error", "mean error", "quantizer", "stored as"),
 )
+_NUMBERS = {"size", "smaller", "action error", "equal tokens", "divergence", "perplexity", "p", "time"} | {
+    "its error",
+    "mean error",
+}
 
 
 def _comparison(reports: Sequence[Report]) -> Table:
-    """A row for each model."""
-    return Table(_FIGURES, tuple(map(_row, reports)), frozenset({3, 4, 6, 7, 8, 9, 10, 12, 13}))
+    """A row for each model, without columns that none of them fills."""
+    rows = [_row(report) for report in reports]
+    used = [i for i in range(len(_FIGURES)) if any(row[i] != _NOTHING for row in rows)]
+    heading = tuple(_FIGURES[i] for i in used)
+    numbers = frozenset(place for place, name in enumerate(heading) if name in _NUMBERS)
+    return Table(heading, tuple(tuple(row[i] for i in used) for row in rows), numbers)
 
 
 def _row(report: Report) -> tuple[str, ...]:
@@ -156,24 +166,27 @@ def _row(report: Report) -> tuple[str, ...]:
     kinds = [str(one.get("kind")) for one in report.recipe.get("transforms") or () if isinstance(one, Mapping)]
     quantizer = report.recipe.get("quantizer")
     kinds.append(str(quantizer.get("kind")) if isinstance(quantizer, Mapping) else "unknown")
+    paired = None if success is None else success.paired
+    words = None if found is None else found.perplexity
     return (
         report.name,
-        ", ".join(f"{count} × {stored}" for stored, count in counts.items()),
-        " + ".join(kinds),
         size(report.disk.after),
         f"{number(report.disk.ratio)}×",
-        "–" if worst is None else worst.name,
-        "–" if worst is None else percent(worst.loss or 0.0),
-        _or_dash(report.mean_loss, percent),
         _or_dash(None if found is None else found.mean_l1, number),
         _or_dash(None if found is None else found.token_agreement, percent),
-        _or_dash(None if found is None or found.perplexity is None else found.perplexity.after, number),
-        "–" if success is None or success.overall is None else str(success.overall.after),
-        "–" if success is None or success.paired is None else f"{success.paired.p_value:.2f}",
-        "–" if report.speed is None else f"{number(report.speed.after)} ms",
+        _or_dash(None if found is None else found.divergence, number),
+        _or_dash(None if words is None else words.after, number),
+        _NOTHING if success is None or success.overall is None else str(success.overall.after),
+        _NOTHING if paired is None else f"{paired.p_value:.2f}",
+        _NOTHING if report.speed is None else f"{number(report.speed.after)} ms",
         verdict(report).words,
+        _NOTHING if worst is None else worst.name,
+        _or_dash(None if worst is None else worst.loss, percent),
+        _or_dash(report.mean_loss, percent),
+        " + ".join(kinds),
+        ", ".join(f"{count} × {stored}" for stored, count in counts.items()),
     )
 
 
 def _or_dash(value: float | None, shown: Callable[[float], str]) -> str:
-    return "–" if value is None else shown(value)
+    return _NOTHING if value is None else shown(value)
