@@ -169,8 +169,8 @@ class Rtn(Section):
     clip: Literal["minmax", "mse", "awq"] = "minmax"
 
 
-class Gptq(Section):
-    """Round column by column and let the columns that are left make up for the error.
+class _ColumnByColumn(Section):
+    """What :class:`Gptq` and :class:`Gptaq` share.
 
     Attributes:
         clip: as for rtn.
@@ -179,11 +179,28 @@ class Gptq(Section):
         act_order: begin with the columns that see the largest activations.
     """
 
-    kind: Literal["gptq"] = "gptq"
+    kind: str
     clip: Literal["minmax", "mse", "awq"] = "minmax"
     damp: float = Field(default=0.01, gt=0.0, le=1.0)
     block_size: PositiveInt = 128
     act_order: bool = True
+
+
+class Gptq(_ColumnByColumn):
+    """Round column by column and let the columns that are left make up for the error."""
+
+    kind: Literal["gptq"] = "gptq"
+
+
+class Gptaq(_ColumnByColumn):
+    """GPTQ that also makes up for what earlier quantized layers changed in the input; needs ``propagate: quantized``.
+
+    Attributes:
+        alpha: share of that change which is made up for; with 0 it is GPTQ.
+    """
+
+    kind: Literal["gptaq"] = "gptaq"
+    alpha: float = Field(default=1.0, ge=0.0, le=1.0)
 
 
 Cameras = Annotated[tuple[Name | None, ...] | None, Field(strict=False, min_length=1)]
@@ -264,13 +281,13 @@ class Text(Section):
 
 
 Transform = Annotated[SmoothQuant | Awq | LayerScale, Field(discriminator="kind")]
-Quantizer = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+Quantizer = Annotated[Rtn | Gptq | Gptaq, Field(discriminator="kind")]
 Calibration = Annotated[Episodes | LeRobot | JsonLines | Text, Field(discriminator="kind")]
 
 #: Key of the recipe -> {kind: the section it then holds}.
 KINDS: dict[str, dict[str, type[Section]]] = {
     "transforms": {"smoothquant": SmoothQuant, "awq": Awq, "layerscale": LayerScale},
-    "quantizer": {"rtn": Rtn, "gptq": Gptq},
+    "quantizer": {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq},
     "calibration": {"episodes": Episodes, "lerobot": LeRobot, "jsonl": JsonLines, "text": Text},
 }
 
@@ -304,6 +321,15 @@ class Recipe(Section):
     propagate: Literal["quantized", "float"] = "quantized"
     calibration: Calibration | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _something_to_correct(self) -> Self:
+        if isinstance(self.quantizer, Gptaq) and self.propagate == "float":
+            raise ValueError(
+                "quantizer gptaq makes up for what earlier quantized layers changed, and with 'propagate: float' they "
+                "change nothing; use gptq, or 'propagate: quantized'"
+            )
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with all defaults written out; ``load_recipe`` turns them back into this recipe."""
