@@ -77,10 +77,14 @@ def naive_gptq(
     observer: Observer,
     damp: float,
     act_order: bool,
+    cross: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes and rounded weight [n, k]: one column at a time, each time with the whole inverse of what remains.
 
     Optimal brain quantization in a fixed order (equations 2 and 3 of the paper): no Cholesky factor, no blocks.
+
+    With ``cross``, the mean of (x − x̂)·x̂ᵀ, this is algorithm 1 of GPTAQ (Li et al. 2025): the columns that remain also
+    take over what they can of the drift of the column that was just rounded.
     """
     W, H = weight.double().clone(), hessian.double().clone()
     k = W.shape[1]
@@ -108,9 +112,44 @@ def naive_gptq(
         codes[:, j] = torch.round(W[:, j] / scale + zero).clamp(spec.qmin, spec.qmax)
         rounded[:, j] = (codes[:, j] - zero) * scale
         inverse = torch.linalg.inv(H[remaining][:, remaining])
-        W[:, rest] -= torch.outer((W[:, j] - rounded[:, j]) / inverse[0, 0], inverse[0, 1:])
+        column = W[:, j].clone()
+        W[:, rest] -= torch.outer((column - rounded[:, j]) / inverse[0, 0], inverse[0, 1:])
+        if cross is not None and rest:
+            W[:, rest] += torch.outer(column, cross[j, rest].double() @ torch.linalg.inv(H[rest][:, rest]))
         remaining = rest
     return codes, rounded
+
+
+def drifted_inputs(tokens: int, k: int, seed: int, drift: float = 0.15) -> tuple[Tensor, Tensor]:
+    """What a layer reads in the float model and behind quantized layers, [t, k] each.
+
+    The difference holds a part that follows from the tokens and one that nothing can make up for.
+    """
+    x = correlated_inputs(tokens, k, seed)
+    generator = torch.Generator().manual_seed(seed + 2000)
+    mixing = torch.randn(k, k, generator=generator) / math.sqrt(k)
+    noise = torch.randn(tokens, k, generator=generator) * x.std(dim=0)
+    return x, x + drift * (x @ mixing + noise)
+
+
+def naive_two_output_error(weight: Tensor, x: Tensor, rounded: Tensor, seen: Tensor) -> float:
+    """Mean over tokens of ‖W·x − Ŵ·x̂‖², one token at a time, float64."""
+    pairs = zip(x.double(), seen.double(), strict=True)
+    return math.fsum(float((weight.double() @ a - rounded.double() @ b).square().sum()) for a, b in pairs) / len(x)
+
+
+def naive_shifted_weight(weight: Tensor, x: Tensor, seen: Tensor, damp: float) -> Tensor:
+    """The weight W' whose output on ``seen`` [t, k] is nearest to that of ``weight`` [n, k] on ``x`` [t, k], float64.
+
+    By least squares over the tokens, with one more row a channel for the damping: mean ‖W·x − W'·x̂‖² + λ·‖W − W'‖².
+    """
+    mean_square = seen.double().square().mean(dim=0)
+    root = math.sqrt(damp * float(mean_square[mean_square > 0].mean()))
+    extra = root * torch.eye(x.shape[1], dtype=torch.float64)
+    W, count = weight.double(), math.sqrt(len(x))
+    matrix = torch.cat([seen.double() / count, extra])
+    wanted = torch.cat([x.double() @ W.T / count, extra @ W.T])
+    return torch.linalg.lstsq(matrix, wanted).solution.T
 
 
 def naive_smooth_scale(act_absmax: Tensor, weights: Sequence[Tensor], alpha: float) -> list[float]:

@@ -29,9 +29,11 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "rtn": {"quantizer": {"kind": "rtn"}},
     "rtn mse": {"quantizer": {"kind": "rtn", "clip": "mse"}},
     "gptq": {"quantizer": {"kind": "gptq"}},
+    "gptaq": {"quantizer": {"kind": "gptaq"}},
     "awq": {"transforms": [{"kind": "awq", "grid": 4}], "quantizer": {"kind": "rtn", "clip": "awq"}},
     "smoothquant": {"transforms": [{"kind": "smoothquant"}], "quantizer": {"kind": "rtn"}},
     "awq + gptq": {"transforms": [{"kind": "awq", "grid": 4}], "quantizer": {"kind": "gptq"}},
+    "awq + gptaq": {"transforms": [{"kind": "awq", "grid": 4}], "quantizer": {"kind": "gptaq"}},
 }
 MODELS = ("llama", "llama tied", "openvla")
 

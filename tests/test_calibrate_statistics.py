@@ -58,7 +58,7 @@ def test_streamed_statistics_match_naive_ones() -> None:
     ("old", "new"),
     [
         ("strip / self._total", "strip / (self._total - 1)"),
-        ("start + _STRIP].T @ scaled[:, start:]", "start + _STRIP].T @ scaled[:, start:].abs()"),
+        ("start + _STRIP].T @ z[:, start:]", "start + _STRIP].T @ z[:, start:].abs()"),
         ("start = i * _STRIP", "start = 0 * _STRIP"),
         ("= upper.T", "= upper.T.abs()"),
         ("corner.triu() + corner.triu(1).T", "corner.triu()"),
@@ -70,6 +70,43 @@ def test_streamed_statistics_match_naive_ones() -> None:
 def test_naive_statistics_notice_a_broken_copy(old: str, new: str) -> None:
     with pytest.raises((AssertionError, RuntimeError)):
         check_statistics(mutant(real_statistics, old, new))
+
+
+def check_two_chains(module: types.ModuleType) -> None:
+    for k in (6, 300, 530):
+        seen, floats = uneven_batches(k), [batch + 0.1 * batch.roll(1, -1) for batch in uneven_batches(k)]
+        running = module.no_stats(k, hessian=True, sample_rows=16, device=CPU, paired=True)
+        for index, pair in enumerate(zip(seen, floats, strict=True)):
+            keys = module.row_keys(len(pair[0]), seed=3, sample=index, call=0)
+            running.add_(torch.cat(pair, dim=1), keys)
+        stats, one = running.stats(), running_of(seen).stats()
+        x, drift = torch.cat(seen).double(), (torch.cat(floats) - torch.cat(seen)).double()
+        assert (stats.tokens, stats.sample.shape) == (142, (16, k))
+        for name in ("channel_low", "channel_high", "mean_abs", "sample"):
+            assert torch.equal(getattr(stats, name), getattr(one, name)), name
+        wanted = {"hessian": x.T @ x, "cross": drift.T @ x, "drift": drift.T @ drift}
+        for name, value in wanted.items():
+            torch.testing.assert_close(getattr(stats, name).double(), value / 142, rtol=1e-4, atol=1e-3)
+
+
+def test_second_moments_of_two_chains_match_naive_ones() -> None:
+    check_two_chains(real_statistics)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[rows, floats - rows]", "[rows, rows - floats]"),
+        ("[rows, floats - rows]", "[rows, floats]"),
+        ("cross=moments[k:, :k]", "cross=moments[:k, k:]"),
+        ("drift=moments[k:, k:]", "drift=moments[:k, :k]"),
+        ("width = 2 * features if paired else features", "width = features"),
+    ],
+)
+def test_naive_moments_notice_a_broken_copy(old: str, new: str) -> None:
+    broken = mutant(real_statistics, old, new)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_two_chains(broken)
 
 
 def test_many_calls_stay_accurate() -> None:

@@ -52,7 +52,11 @@ CASES: list[tuple[str, str, str, dict[str, str], str]] = [
     ("llama", "awq + gptq", "w4a16", {}, "replay"),
     ("llama tied", "gptq", "w8a8 static", {}, "replay"),
     ("llama tied", "awq", "w4a16", {}, "rerun"),
+    ("llama", "gptaq", "w4a16", {}, "replay"),
+    ("llama", "awq + gptaq", "w4a16", {}, "replay"),
+    ("llama tied", "gptaq", "w8a8 static", {}, "replay"),
     ("openvla", "gptq", "w4a16", {}, "replay"),
+    ("openvla", "gptaq", "w8a8", {}, "replay"),
     ("openvla", "smoothquant", "w8a8 static", {}, "rerun"),
     ("openvla", "awq", "w4a16", FLOAT, "replay"),
 ]
@@ -264,14 +268,16 @@ def _stop(*_: object) -> None:
     raise _EnoughError
 
 
-@pytest.mark.parametrize("mode", ["replay", "rerun"])
-def test_a_memory_limit_spills_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    source = make_source(tmp_path / "source", "llama")
-    streamed(source, LANGUAGE, WINDOWS, tmp_path / "roomy", mode=mode)
+@pytest.mark.parametrize(("mode", "quantizer"), [("replay", "gptq"), ("rerun", "gptq"), ("replay", "gptaq")])
+def test_a_memory_limit_spills_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, quantizer: str
+) -> None:
+    source, recipe = make_source(tmp_path / "source", "llama"), LANGUAGE | {"quantizer": {"kind": quantizer}}
+    streamed(source, recipe, WINDOWS, tmp_path / "roomy", mode=mode)
     # One window's outputs are 24 × 64 floats
     output = 24 * 64 * 4
     base = _base_memory(
-        monkeypatch, lambda limit: streamed(source, LANGUAGE, WINDOWS, tmp_path / "no", max_memory=limit, mode=mode)
+        monkeypatch, lambda limit: streamed(source, recipe, WINDOWS, tmp_path / "no", max_memory=limit, mode=mode)
     )
     most = {"memory": 0, "spilled": 0}
     put = ActivationCache.put
@@ -282,7 +288,7 @@ def test_a_memory_limit_spills_and_changes_nothing(tmp_path: Path, monkeypatch: 
         most["spilled"] = max(most["spilled"], self.bytes_spilled)
 
     monkeypatch.setattr(ActivationCache, "put", watched)
-    streamed(source, LANGUAGE, WINDOWS, tmp_path / "narrow", max_memory=base + output, mode=mode)
+    streamed(source, recipe, WINDOWS, tmp_path / "narrow", max_memory=base + output, mode=mode)
     if mode == "replay":
         assert 0 < most["memory"] <= output
         assert most["spilled"] >= 2 * output

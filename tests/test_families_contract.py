@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_families import SCHEMES, TINY, family_of, one_fresh_process, quantized, recipe_for
+import torch
+from tiny_families import SCHEMES, TINY, answers, family_of, one_fresh_process, quantized, recipe_for
 
 import vlaquant
+from vlaquant.errors import PlanError
 from vlaquant.families import FAMILIES, MODULE
 
 #: Largest error of the answer, as a share of it: about twice the worst that any family has.
@@ -14,6 +16,8 @@ LARGEST = {"W4A16 AWQ + GPTQ": 0.2, "W8A8 SmoothQuant": 0.05}
 #: Opened by transformers in tests of their own; here they would only take time.
 LATER = {"hf: paligemma", "hf: qwen2_5_vl", "hf: idefics3"}
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in TINY]
+#: Blocks that run again once they are finished: for every denoising step, or layer by layer.
+RUN_AGAIN = {"pi0: π0", "lerobot: SmolVLA look-alike", "lerobot: π0.5 look-alike", "groot: GR00T N1.7 look-alike"}
 OURS = [name for name, family in FAMILIES.items() if family.load.__module__.startswith("vlaquant.")]
 
 
@@ -50,6 +54,22 @@ def test_the_plan_accounts_for_every_parameter(name: str, directories: dict[str,
     assert all(layer.reason for layer in plan.layers)
     assert {layer.part for layer in plan.layers} >= set(TINY[name].parts)
     assert "other" not in {layer.part for layer in plan.layers}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gptaq_or_the_block_that_is_in_its_way(name: str, directories: dict[str, Path], tmp_path: Path) -> None:
+    family, samples = family_of(directories[name]), TINY[name].samples()
+    recipe = recipe_for(name, "W4A16 AWQ + GPTQ") | {"transforms": [], "quantizer": {"kind": "gptaq"}}
+    if name in RUN_AGAIN:
+        with pytest.raises(PlanError, match=r"gptaq needs what later layers read .* use the quantizer gptq"):
+            vlaquant.quantize(directories[name], recipe, samples=samples, output=tmp_path / "packed")
+        return
+    output = tmp_path / "packed"
+    written = vlaquant.quantize(directories[name], recipe, samples=samples, output=output)
+    in_memory = vlaquant.quantize(family.load(directories[name]), recipe, samples=samples)
+    mine, loaded = (answers(family, model, samples[0])[0] for model in (in_memory.model, vlaquant.load(output)))
+    assert torch.equal(mine, loaded)
+    assert any(layer.quantizer == "gptaq minmax" for layer in written.layers)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -148,15 +148,29 @@ def check_stats(module: types.ModuleType) -> None:
     x = correlated_inputs(200, 16, seed=3)
 
     def stats():
-        with observe(model, ["1"], hessian_for=["1"], sample_rows=32) as observation:
-            model(x)
+        with observe(model, ["1"], hessian_for=["1"], sample_rows=32, paired=True) as observation:
+            observation.begin_sample()
+            with observation.float_chain():
+                model(x)
+            model(x.roll(1, -1))
         return observation.stats()["1"]
 
     before, scale = stats(), some_scale(16)
     analytic = module.scaled_stats(before, scale)
     fold_norm_(norm, scale, [reader])
     measured = stats()
-    for name in ("channel_low", "channel_high", "absmax", "low", "high", "mean_abs", "hessian", "sample"):
+    for name in (
+        "channel_low",
+        "channel_high",
+        "absmax",
+        "low",
+        "high",
+        "mean_abs",
+        "hessian",
+        "cross",
+        "drift",
+        "sample",
+    ):
         torch.testing.assert_close(getattr(analytic, name), getattr(measured, name), rtol=1e-4, atol=1e-6)
     assert analytic.tokens == measured.tokens
 
@@ -168,14 +182,17 @@ def test_scaled_stats_are_those_of_the_folded_model() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("stats.hessian / scale / scale.unsqueeze(-1)", "stats.hessian / scale"),
+        ("(m / scale).div_(scale.unsqueeze(-1))", "m / scale"),
+        ("        cross=cross,\n", ""),
+        ("        drift=drift,\n", ""),
         ("stats.sample / scale", "stats.sample * scale"),
         ("stats.channel_low / scale", "stats.channel_low"),
     ],
 )
 def test_measurement_notices_broken_stats(old: str, new: str) -> None:
+    broken = mutant(real, old, new)
     with pytest.raises(AssertionError):
-        check_stats(mutant(real, old, new))
+        check_stats(broken)
 
 
 def test_scaled_stats_without_hessian() -> None:

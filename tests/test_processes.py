@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ CASES = [
     ("llama", "smoothquant", "w8a8"),
     ("llama tied", "gptq", "w8a8 static"),
     ("llama", "rtn mse", "w8a8"),
+    ("llama", "awq + gptaq", "w4a16"),
     ("openvla", "gptq", "w4a16"),
+    ("openvla", "gptaq", "w8a8"),
 ]
 CASE = ("llama", "gptq", "w4a16")
 
@@ -238,33 +241,35 @@ READ: dict[str, list[int | None]] = {
 }
 
 
-def seen_by(rank: int, size: int) -> dict[str, RunningStats]:
+def seen_by(rank: int, size: int, *, paired: bool = False) -> dict[str, RunningStats]:
     """Sums of the samples of one process, one object for layers that share."""
     made: dict[tuple[int | None, ...], RunningStats] = {}
     found = {}
     for name, reads in READ.items():
         mine = tuple(reads[rank::size])
         if mine not in made:
-            made[mine] = no_stats(300, hessian=True, sample_rows=16, device=torch.device("cpu"))
+            made[mine] = no_stats(300, hessian=True, sample_rows=16, device=torch.device("cpu"), paired=paired)
             for sample in range(rank, len(reads), size):
                 if (number := reads[sample]) is not None:
-                    rows = torch.randn(5 + number, 300, generator=torch.Generator().manual_seed(number))
+                    width = 600 if paired else 300
+                    rows = torch.randn(5 + number, width, generator=torch.Generator().manual_seed(number))
                     made[mine].add_(rows, row_keys(len(rows), seed=0, sample=sample, call=0))
         if any(number is not None for number in mine):
             found[name] = made[mine]
     return found
 
 
-def merge_and_compare(_folder: Path) -> None:
+def merge_and_compare(_folder: Path, *, paired: bool) -> None:
     with Processes.current() as processes:
-        merged = processes.merge(list(READ), seen_by(processes.rank, processes.size), torch.device("cpu"))
-        wanted = seen_by(0, 1)
+        mine = seen_by(processes.rank, processes.size, paired=paired)
+        merged = processes.merge(list(READ), mine, torch.device("cpu"))
+        wanted = seen_by(0, 1, paired=paired)
         assert list(merged) == list(wanted) == [name for name in READ if name != "never"]
         for name in wanted:
             one, all_ = wanted[name], merged[name]
             shares = {other for other in wanted if wanted[other] is one}
             assert {other for other in merged if merged[other] is all_} == shares, name
-            assert all_.tokens == one.tokens
+            assert (all_.tokens, all_.paired, len(all_.strips)) == (one.tokens, paired, len(one.strips))
             for field in ("keys", "sample", "channel_low", "channel_high"):
                 assert torch.equal(getattr(all_, field), getattr(one, field)), (name, field)
             torch.testing.assert_close(all_.abs_sum, one.abs_sum, rtol=1e-14, atol=1e-14)
@@ -272,9 +277,9 @@ def merge_and_compare(_folder: Path) -> None:
                 torch.testing.assert_close(all_.strips[i], strip, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_merged_statistics_are_those_of_one_process(tmp_path: Path, size: int) -> None:
-    succeeded(together(tmp_path / "log", size, merge_and_compare, tmp_path))
+@pytest.mark.parametrize(("size", "paired"), [(2, False), (3, False), (3, True)])
+def test_merged_statistics_are_those_of_one_process(tmp_path: Path, size: int, paired) -> None:
+    succeeded(together(tmp_path / "log", size, partial(merge_and_compare, paired=paired), tmp_path))
 
 
 def test_what_two_processes_saw_of_one_layer_can_be_added_by_hand() -> None:

@@ -185,6 +185,9 @@ GOOD = "rules: [{part: language, scheme: w4a16}]\n"
             f"{GOOD}quantizer: {{kind: gptq, clip: mze}}",
             "quantizer.clip: must be one of minmax, mse, awq, got 'mze'; did you mean 'mse'?",
         ),
+        (f"{GOOD}quantizer: {{kind: gptaq, alpha: 1.5}}", "alpha: must be less than or equal to 1, got 1.5"),
+        (f"{GOOD}quantizer: {{kind: gptq, alpha: 0.5}}", "quantizer.alpha: unknown key"),
+        (f"{GOOD}propagate: float\nquantizer: {{kind: gptaq}}", "use gptq, or 'propagate: quantized'"),
         (f"{GOOD}quantizer: {{kind: rtn, damp: 0.1}}", "quantizer.damp: unknown key; legal keys here: kind, clip"),
         (f"{GOOD}calibration: {{kind: text}}", "recipe.yaml:2: calibration.path: missing"),
         (
@@ -293,6 +296,7 @@ def test_schemes_of_rules():
         ({"quantizer": {"kind": "rtn", "clip": "mse"}}, []),
         ({"quantizer": {"kind": "rtn", "clip": "awq"}}, ["quantizer (clip awq"]),
         ({"quantizer": {"kind": "gptq"}}, ["quantizer (gptq"]),
+        ({"quantizer": {"kind": "gptaq"}}, ["quantizer (gptaq"]),
         (
             {"transforms": [{"kind": "awq"}, {"kind": "smoothquant"}]},
             ["transforms[0] (awq", "transforms[1] (smoothquant"],
@@ -338,12 +342,13 @@ def recipes():
     gptq = st.fixed_dictionaries(
         {"kind": st.just("gptq")}, optional={"damp": st.floats(1e-6, 1), "act_order": st.booleans()}
     )
+    gptaq = st.fixed_dictionaries({"kind": st.just("gptaq")}, optional={"alpha": st.floats(0, 1)})
     data = st.fixed_dictionaries({"kind": st.sampled_from(["text", "episodes"]), "path": st.just("some/where")})
     return st.fixed_dictionaries(
         {"rules": st.lists(rules(), min_size=1, max_size=3)},
         optional={
             "transforms": st.lists(awq | smooth, max_size=2),
-            "quantizer": rtn | gptq,
+            "quantizer": rtn | gptq | gptaq,
             "calibration": data,
             "seed": st.integers(0, 2**31),
         },

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlaquant.calibrate.masks import counted_rows, counted_weights, takes_turns
+from vlaquant.calibrate.pairing import Pairs
 from vlaquant.calibrate.statistics import ActStats, RunningStats, final_stats, no_stats, row_keys
 from vlaquant.errors import CalibrationError
 
@@ -63,9 +64,19 @@ class Observation:
             :func:`~vlaquant.calibrate.masks.counted_weights`. Every token of a layer without them weighs 1.
     """
 
-    def __init__(self, features: dict[str, int], *, hessian_for: Collection[str], sample_rows: int, seed: int) -> None:
+    def __init__(
+        self,
+        features: dict[str, int],
+        *,
+        hessian_for: Collection[str],
+        sample_rows: int,
+        seed: int,
+        paired: bool = False,
+    ) -> None:
         self.masks: Mapping[str, Tensor] = {}
         self.weights: Mapping[str, Sequence[Tensor]] = {}
+        self._pairs = Pairs() if paired else None
+        self._in_float_chain = False
         self._turns: dict[str, int] = {}
         self._calls: dict[str, int] = {}
         self._sample_rows = sample_rows
@@ -105,6 +116,16 @@ class Observation:
         for group in self._groups():
             group.calls = 0
 
+    @contextmanager
+    def float_chain(self) -> Iterator[None]:
+        """Inside, the sample goes through the float chain of an observation of two; afterwards, the quantized one."""
+        assert self._pairs is not None, "an observation of one chain"
+        self._in_float_chain = True
+        yield
+        self._in_float_chain = False
+        self._calls = {}
+        self._end_turns()
+
     def record(self, name: str, x: Tensor) -> None:
         """Take in what layer ``name`` is about to read, [..., k]. The hooks call this.
 
@@ -113,6 +134,11 @@ class Observation:
                 names the origin and not the layers it spoilt. Or a mask does not fit.
         """
         rows = self._counted(name, x.detach())
+        if self._pairs is not None:
+            if self._in_float_chain:
+                self._pairs.keep(name, rows.values)
+                return
+            rows = rows._replace(values=self._pairs.beside(name, rows.values))
         if rows.values.shape[0] == 0:
             return
         group = self._group_of[name]
@@ -205,6 +231,8 @@ class Observation:
 
     def _count_all(self) -> None:
         self._end_turns()
+        if self._pairs is not None:
+            self._pairs.end()
         for group in self._groups():
             self._settle(group)
         for group in self._groups():
@@ -245,7 +273,11 @@ class Observation:
         group.settled, group.keys = [], []
         if group.running is None:
             group.running = no_stats(
-                group.features, hessian=group.hessian, sample_rows=self._sample_rows, device=values.device
+                group.features,
+                hessian=group.hessian,
+                sample_rows=self._sample_rows,
+                device=values.device,
+                paired=self._pairs is not None,
             )
         group.running.add_(values, keys, weights)
 
@@ -267,6 +299,7 @@ def observe(
     hessian_for: Collection[str] = (),
     sample_rows: int = 256,
     seed: int = 0,
+    paired: bool = False,
 ) -> Iterator[Observation]:
     """Collect statistics of the inputs of the Linears ``names`` for as long as the context is open.
 
@@ -283,6 +316,8 @@ def observe(
         hessian_for: those of ``names`` whose [k, k] Hessian is wanted too.
         sample_rows: how many input tokens to keep of each layer.
         seed: of the draw of those tokens.
+        paired: watch two chains: after ``begin_sample`` each sample goes through the float chain, inside of
+            :meth:`Observation.float_chain`, and then through the quantized one, of which the statistics are.
 
     Raises:
         CalibrationError: a name that is no plain ``nn.Linear`` of the model; while running, NaN or Inf activations.
@@ -293,7 +328,7 @@ def observe(
     if unwatched:
         raise CalibrationError(f"a Hessian is wanted for layers that are not watched: {', '.join(unwatched)}")
     features = {name: linear.in_features for name, linear in linears.items()}
-    observation = Observation(features, hessian_for=set(hessian_for), sample_rows=sample_rows, seed=seed)
+    observation = Observation(features, hessian_for=set(hessian_for), sample_rows=sample_rows, seed=seed, paired=paired)
     with ExitStack() as hooks:
         for name, linear in linears.items():
             handle = linear.register_forward_pre_hook(_recorder(observation, name), with_kwargs=True)

@@ -62,6 +62,7 @@ class StageRunner:
         mode: ``replay`` lets finished units answer from the cache where the flow allows it; ``rerun`` never does.
         cache: for the outputs of finished units.
         seed: torch's random numbers are the same in every run of a sample, whatever ran before.
+        chain: of several runners that share a cache each has its own outputs there, under this name.
 
     Attributes:
         cache: as given.
@@ -76,6 +77,7 @@ class StageRunner:
         mode: Mode,
         cache: ActivationCache,
         seed: int = 0,
+        chain: str = "",
     ) -> None:
         self.cache = cache
         self._model = model
@@ -83,6 +85,7 @@ class StageRunner:
         self._run = run
         self._mode = mode
         self._seed = seed
+        self._chain = chain
         self._answering: set[str] = set()
 
     def summary(self) -> str:
@@ -173,7 +176,11 @@ class StageRunner:
         kept = self._flow.kept(stage_index)
         for stage in self._flow.stages[: stage_index + 1]:
             if stage.unit not in kept:
-                self.cache.drop(stage.unit)
+                self.cache.drop(self._key(stage.unit))
+
+    def _key(self, unit: str) -> str:
+        """The name of a unit's outputs in the cache."""
+        return f"{self._chain}{unit}"
 
     def _replays(self, unit: str) -> bool:
         return self._mode == "replay" and unit in self._flow.replayable
@@ -208,8 +215,8 @@ class StageRunner:
             if calls > 1:
                 raise _another_way(f"{unit} ran {calls} times", sample_index)
             if self._flow.is_needed(unit, stage_index):
-                return self.cache.get(unit, sample_index)
-            return self.cache.placeholder(unit, sample_index, dense=unit in self._flow.touched)
+                return self.cache.get(self._key(unit), sample_index)
+            return self.cache.placeholder(self._key(unit), sample_index, dense=unit in self._flow.touched)
 
         return answer
 
@@ -226,7 +233,7 @@ class StageRunner:
                 if found is not None:
                     raise _another_way(f"{unit} returned {found}", sample_index)
                 needed = self._flow.is_needed(unit, stage_index + 1)
-                (self.cache.put if needed else self.cache.put_outline)(unit, sample_index, stop.value)
+                (self.cache.put if needed else self.cache.put_outline)(self._key(unit), sample_index, stop.value)
             raise stop
 
         stack.enter_context(replaced_forward(module, last))

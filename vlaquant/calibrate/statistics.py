@@ -1,6 +1,7 @@
 """Statistics of the input of one Linear that stream: O(k) for ranges and means, O(k²) for a Hessian.
 
-Letters: k input features, t tokens of one call, r rows of the sample.
+Letters: k input features, t tokens of one call, r rows of the sample. Where a layer is watched in two chains, x̂ is what
+it reads in the quantized chain, of which all statistics are, and x what it reads in the float chain for the same token.
 
 What is kept while they stream are sums, not means, and the big ones in float64: the same samples give the same
 statistics in whatever order they come and however they are split over processes. (A float64 sum in another order may
@@ -33,6 +34,8 @@ class ActStats:
         sample: [≤ r, k], tokens drawn uniformly from all that were seen.
         sample_weights: [≤ r], what each of them weighs; None if all weigh the same.
         tokens: how many tokens were seen.
+        cross: [k, k], mean of (x − x̂)·x̂ᵀ, which is not symmetric; None for a layer that was watched in one chain.
+        drift: [k, k], mean of (x − x̂)·(x − x̂)ᵀ, likewise.
 
     Means are weighted where tokens have weights; ranges and the draw are not.
     """
@@ -44,6 +47,8 @@ class ActStats:
     sample: Tensor
     tokens: int
     sample_weights: Tensor | None = None
+    cross: Tensor | None = None
+    drift: Tensor | None = None
 
     @property
     def absmax(self) -> Tensor:
@@ -91,7 +96,8 @@ class RunningStats:
         channel_high: [k], float32.
         abs_sum: [k], float64, Σω|x|, where a token's weight ω is 1 unless it is given.
         strips: float64, the upper triangle of Σω·x·xᵀ: strip i holds rows 512·i up to 512·(i + 1) and the columns from
-            512·i on. Empty where no Hessian was asked for.
+            512·i on. Empty where no Hessian was asked for. In two chains z·zᵀ takes the place of x·xᵀ, with z [2k] =
+            [x̂, x − x̂]: these are all second moments.
         keys: int64 [≤ r] on the CPU, ascending: the smallest of all tokens' :func:`row_keys`.
         sample: [≤ r, k], float32, the tokens with these keys. That is a uniform draw without replacement whatever the
             number of tokens to come, and does not depend on their order.
@@ -114,30 +120,40 @@ class RunningStats:
     weighted: bool
     sample_rows: int
 
+    @property
+    def paired(self) -> bool:
+        """Whether these are sums of two chains."""
+        return bool(self.strips) and self.strips[0].shape[1] == 2 * len(self.abs_sum)
+
     @_normal_tensors
     def add_(self, rows: Tensor, keys: Tensor, weights: Tensor | None = None) -> None:
         """Take in the tokens ``rows`` [t, k], t ≥ 1, any float dtype, whose keys [t] are :func:`row_keys`.
 
-        ``weights`` [t] ≥ 0 is what each token counts for; None: 1.
+        ``weights`` [t] ≥ 0 is what each token counts for; None: 1. For two chains ``rows`` is [t, 2k]: x̂ and x beside
+        each other.
         """
         made_of = rows.dtype
-        rows = rows.to(device=self.abs_sum.device, dtype=torch.float32)
+        rows = z = rows.to(device=self.abs_sum.device, dtype=torch.float32)
+        if self.paired:
+            rows, floats = rows.chunk(2, dim=-1)
+            # Differences of bfloat16 values are none
+            z, made_of = torch.cat([rows, floats - rows], dim=-1), torch.float32
         self.tokens += rows.shape[0]
         self.channel_low = torch.minimum(self.channel_low, rows.amin(dim=0))
         self.channel_high = torch.maximum(self.channel_high, rows.amax(dim=0))
         if weights is None:
-            weights, scaled = rows.new_ones(len(rows)), rows
+            weights = rows.new_ones(len(rows))
             self.abs_sum += rows.abs().sum(dim=0)
         else:
             made_of, self.weighted = torch.float32, True
             weights = weights.to(rows)
-            scaled = rows * weights.sqrt().unsqueeze(-1)
+            z = z * weights.sqrt().unsqueeze(-1)
             self.abs_sum += weights @ rows.abs()
         self.weight += weights.sum(dtype=torch.float64)
         with _products_of(made_of):
             for i, strip in enumerate(self.strips):
                 start = i * _STRIP
-                strip.add_(scaled[:, start : start + _STRIP].T @ scaled[:, start:])
+                strip.add_(z[:, start : start + _STRIP].T @ z[:, start:])
         self._keep_(rows, keys, weights)
 
     @_normal_tensors
@@ -177,14 +193,17 @@ class RunningStats:
     @_normal_tensors
     def stats(self) -> ActStats:
         """Means, in float32."""
+        k, moments = len(self.abs_sum), self._mean_moments() if self.strips else None
         return ActStats(
             channel_low=self.channel_low,
             channel_high=self.channel_high,
             mean_abs=(self.abs_sum / self._total).to(torch.float32),
-            hessian=self._mean_hessian() if self.strips else None,
+            hessian=moments[:k, :k] if moments is not None else None,
             sample=self.sample,
             tokens=self.tokens,
             sample_weights=self.sample_weights if self.weighted else None,
+            cross=moments[k:, :k] if moments is not None and self.paired else None,
+            drift=moments[k:, k:] if moments is not None and self.paired else None,
         )
 
     @property
@@ -192,30 +211,34 @@ class RunningStats:
         """What all tokens weigh; where all of them weigh nothing the sums are 0, and so are the means."""
         return self.weight.clamp(min=torch.finfo(torch.float64).tiny)
 
-    def _mean_hessian(self) -> Tensor:
-        k = len(self.abs_sum)
-        hessian = torch.empty(k, k, device=self.abs_sum.device)
+    def _mean_moments(self) -> Tensor:
+        """[k, k], or [2k, 2k] for two chains."""
+        width = self.strips[0].shape[1]
+        moments = torch.empty(width, width, device=self.abs_sum.device)
         for i, strip in enumerate(self.strips):
             rows = slice(i * _STRIP, i * _STRIP + len(strip))
             upper = (strip / self._total).to(torch.float32)
-            hessian[rows.start :, rows] = upper.T
+            moments[rows.start :, rows] = upper.T
             # Of the corner both halves were summed, maybe in different orders
             corner = upper[:, : len(strip)]
-            hessian[rows, rows.start :] = upper
-            hessian[rows, rows] = corner.triu() + corner.triu(1).T
-        return hessian
+            moments[rows, rows.start :] = upper
+            moments[rows, rows] = corner.triu() + corner.triu(1).T
+        return moments
 
 
 @_normal_tensors
-def no_stats(features: int, *, hessian: bool, sample_rows: int, device: torch.device) -> RunningStats:
-    """Statistics of no token at all."""
-    starts = range(0, features, _STRIP) if hessian else ()
+def no_stats(
+    features: int, *, hessian: bool, sample_rows: int, device: torch.device, paired: bool = False
+) -> RunningStats:
+    """Statistics of no token at all; ``paired`` for two chains."""
+    width = 2 * features if paired else features
+    starts = range(0, width, _STRIP) if hessian else ()
     return RunningStats(
         channel_low=torch.full((features,), torch.inf, device=device),
         channel_high=torch.full((features,), -torch.inf, device=device),
         abs_sum=torch.zeros(features, dtype=torch.float64, device=device),
         strips=[
-            torch.zeros(min(_STRIP, features - start), features - start, dtype=torch.float64, device=device)
+            torch.zeros(min(_STRIP, width - start), width - start, dtype=torch.float64, device=device)
             for start in starts
         ],
         keys=torch.zeros(0, dtype=torch.int64),

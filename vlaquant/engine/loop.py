@@ -54,6 +54,7 @@ class Data:
         once: layers that run exactly once a sample, in order.
         shared: sets of layers that read the very same tensors.
         min_tokens: it is an error if a layer sees fewer.
+        float_runner: runs one sample in the float chain, with outputs of its own in the same cache; None without one.
     """
 
     runner: StageRunner
@@ -64,6 +65,12 @@ class Data:
     once: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
     min_tokens: int
+    float_runner: StageRunner | None = None
+
+    @property
+    def chains(self) -> list[StageRunner]:
+        """The runners of all chains."""
+        return [self.runner] if self.float_runner is None else [self.runner, self.float_runner]
 
 
 class StageLoop:
@@ -210,7 +217,7 @@ class StageLoop:
         return packed, done
 
     def _observe(self, index: int, stage: Stage, layers: dict[str, LayerPlan]) -> dict[str, ActStats]:
-        """Run all samples through the float stage: statistics of its live layers."""
+        """Run all samples through the float stage, in each chain: statistics of its live layers."""
         live = [name for name, layer in layers.items() if not layer.dead]
         if self._data is None or not live:
             return {}
@@ -218,10 +225,16 @@ class StageLoop:
         # Nobody asks what the last layer computes
         in_order = [name for name in self._data.once if name in live]
         last = in_order[-1] if len(in_order) == len(live) and not keep else None
-        with observe(self._model, live, hessian_for=live, seed=self._recipe.seed) as observation:
+        floats, later = self._data.float_runner, index + 1 < self._last_observed()
+        with observe(
+            self._model, live, hessian_for=live, seed=self._recipe.seed, paired=floats is not None
+        ) as observation:
             for position in self._positions:
                 masks = layer_masks(self._family, self._data.masks.get(position, {}), live)
                 observation.begin_sample(masks, weights=self._data.weights.get(position), index=position)
+                if floats is not None:
+                    with observation.float_chain():
+                        self._run(index, position, floats, store=later, before=None if later else last)
                 output = self._run(index, position, store=keep, before=last)
                 self._log.doing(f"{stage.unit}: observing", self._tokens(output))
         device = self._model.get_parameter(f"{live[0]}.weight").device
@@ -235,12 +248,14 @@ class StageLoop:
             stand_in_(self._model, result.packed)
         observed = any(not self._plan[name].dead for name in result.packed)
         if self._data is not None and index + 1 < self._last_observed():
-            stored = observed and not self._quantized
-            if stage.unit in self._data.stored and not stored:
-                for position in self._positions:
-                    output = self._run(index, position, store=True)
-                    self._log.doing(f"{stage.unit}: handing on", self._tokens(output))
-            self._data.runner.finished(index)
+            for runner in self._data.chains:
+                # A chain that goes on with the float stage left its outputs when the stage was observed
+                stored = observed and not (self._quantized and runner is self._data.runner)
+                if stage.unit in self._data.stored and not stored:
+                    for position in self._positions:
+                        output = self._run(index, position, runner, store=True)
+                        self._log.doing(f"{stage.unit}: handing on", self._tokens(output))
+                runner.finished(index)
         self.layers += result.layers
         self.transforms += result.transforms
         if self._work is None:
@@ -257,10 +272,20 @@ class StageLoop:
         ]
         return needs[-1] + 1 if needs else 0
 
-    def _run(self, index: int, position: int, *, store: bool, before: str | None = None) -> Tensor | None:
+    def _run(
+        self,
+        index: int,
+        position: int,
+        runner: StageRunner | None = None,
+        *,
+        store: bool,
+        before: str | None = None,
+    ) -> Tensor | None:
+        """One sample up to a stage, in the chain that is calibrated unless another runner is given."""
         assert self._data is not None
+        runner = runner or self._data.runner
         with torch.inference_mode():
-            output = self._data.runner.run(index, position, self._data.samples[position], store=store, before=before)
+            output = runner.run(index, position, self._data.samples[position], store=store, before=before)
         return output if isinstance(output, Tensor) else None
 
     def _look(self, index: int) -> dict[str, Tensor]:

@@ -46,7 +46,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def stage_memory(layers: Sequence[LayerPlan], unit_bytes: int, *, with_data: bool, keep_all: bool) -> int:
+def stage_memory(
+    layers: Sequence[LayerPlan], unit_bytes: int, *, with_data: bool, keep_all: bool, paired: int | None = None
+) -> int:
     """Bytes that one stage needs: its float weights, working copies, statistics and the solver's matrices.
 
     Args:
@@ -54,6 +56,7 @@ def stage_memory(layers: Sequence[LayerPlan], unit_bytes: int, *, with_data: boo
         unit_bytes: of the unit's float weights.
         with_data: whether Hessians are collected.
         keep_all: whether all working copies are there at once (transforms couple layers).
+        paired: bytes of a unit's output for one sample if the stage is observed in two chains; None for one.
     """
     if not layers:
         return unit_bytes
@@ -67,7 +70,13 @@ def stage_memory(layers: Sequence[LayerPlan], unit_bytes: int, *, with_data: boo
     # Accumulators in float64 (q/k/v and gate/up share theirs: about one a width and reader), then the solver's matrices
     readers = {(layer.shape[1], layer.name.rpartition(".")[0]) for layer in layers}
     accumulators = sum(8 * k * k for k, _ in readers)
-    return 2 * unit_bytes + copies + rounding + accumulators + 5 * 4 * max(widths) ** 2
+    solver = 5 * 4 * max(widths) ** 2
+    if paired is not None:
+        # Second moments of twice as many channels, and the shifted weight beside the weight
+        accumulators, solver = 4 * accumulators, solver + 2 * 4 * max(sizes)
+        # What layers read in the float chain waits for the other; the output is as wide as the narrowest of them
+        accumulators += paired * sum(k for k, _ in readers) // min(widths)
+    return 2 * unit_bytes + copies + rounding + accumulators + solver
 
 
 def predict(
@@ -81,6 +90,7 @@ def predict(
     activations: int,
     seconds: float | None,
     limit: int,
+    paired: int | None = None,
 ) -> Prediction:
     """Estimate a run.
 
@@ -91,9 +101,10 @@ def predict(
         with_data: whether statistics are collected.
         keep_all: as for :func:`stage_memory`.
         streamed: whether weights come on demand, or all lie in memory.
-        activations: bytes of stored outputs of one unit, for all samples.
+        activations: bytes of stored outputs of one unit, for all samples and chains.
         seconds: as measured and extrapolated by the caller.
         limit: bytes that the process may hold; what is left of it is for activations.
+        paired: as for :func:`stage_memory`.
     """
     sizes = {name: tensor.nbytes for name, tensor in model.state_dict(keep_vars=True).items()}
     units = {
@@ -106,6 +117,7 @@ def predict(
             units[stage.unit],
             with_data=with_data,
             keep_all=keep_all,
+            paired=paired,
         )
         for stage in stages
     }

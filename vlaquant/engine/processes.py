@@ -236,13 +236,20 @@ def _report(running: Mapping[str, RunningStats]) -> dict[str, dict[str, Any]]:
             "features": len(sums.abs_sum),
             "hessian": bool(sums.strips),
             "sample_rows": sums.sample_rows,
+            "paired": sums.paired,
         }
         for name, sums in running.items()
     }
 
 
 def _nothing_seen(fact: Mapping[str, Any], device: torch.device) -> RunningStats:
-    return no_stats(fact["features"], hessian=fact["hessian"], sample_rows=fact["sample_rows"], device=device)
+    return no_stats(
+        fact["features"],
+        hessian=fact["hessian"],
+        sample_rows=fact["sample_rows"],
+        device=device,
+        paired=fact["paired"],
+    )
 
 
 def _connect(rank: int, size: int, *, cuda: bool) -> dist.ProcessGroup:

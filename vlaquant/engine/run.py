@@ -19,6 +19,7 @@ from vlaquant.calibrate.probing import probe
 from vlaquant.calibrate.running import StageRunner, blamed_on
 from vlaquant.calibrate.units import find_units
 from vlaquant.checkpoint import TensorFiles, source_identity
+from vlaquant.engine.chains import FLOAT_CHAIN, require_float_chain
 from vlaquant.engine.fingerprint import fingerprint, first_difference, package_versions
 from vlaquant.engine.log import RunLog
 from vlaquant.engine.loop import Data, StageLoop
@@ -35,7 +36,7 @@ from vlaquant.errors import CalibrationError, ExportError
 from vlaquant.families import Inputs
 from vlaquant.linear import Table, replace_module_
 from vlaquant.plan import Plan, with_dead, without
-from vlaquant.recipe import Recipe, needs_calibration
+from vlaquant.recipe import Recipe, needs_calibration, needs_float_chain
 
 _MIN_TOKENS = 32
 #: Memory for the weights of units that run again and again, if there is so much to spare.
@@ -220,7 +221,7 @@ class QuantizationRun:
 
     def _predict(self, plan: Plan, data: Probed | None) -> Prediction:
         """What the stages will need; refuses what cannot fit. Activations beyond the memory go to the disk."""
-        limit = self._limit()
+        limit, chains = self._limit(), 2 if self._two_chains else 1
         prediction = predict(
             self.opened.model,
             plan,
@@ -228,12 +229,17 @@ class QuantizationRun:
             with_data=data is not None,
             keep_all=bool(self._recipe.scalings),
             streamed=self.opened.files is not None,
-            activations=0 if data is None else data.flow.bytes_per_sample * len(data.samples),
+            activations=0 if data is None else chains * data.flow.bytes_per_sample * len(data.samples),
+            paired=data.flow.bytes_per_sample if data is not None and self._two_chains else None,
             seconds=None if data is None else self._seconds(data),
             limit=limit,
         )
         require_room(prediction, self._output, limit)
         return prediction
+
+    @property
+    def _two_chains(self) -> bool:
+        return needs_float_chain(self._recipe)
 
     def _limit(self) -> int:
         """Bytes that this process may hold."""
@@ -242,7 +248,7 @@ class QuantizationRun:
         return resident_memory() + (available_memory() or sys.maxsize) // self._processes.size
 
     def _seconds(self, data: Probed) -> float:
-        passes = 2 if self._recipe.propagate == "quantized" else 1
+        passes = 1 + (self._recipe.propagate == "quantized") + self._two_chains
         share = 1.0 if self._options.mode == "replay" and data.flow.replayable else len(data.flow.stages) / 2
         return data.seconds * len(self._processes.positions(len(data.samples))) * passes * share
 
@@ -250,9 +256,11 @@ class QuantizationRun:
         """The loop over all stages, ready to begin or to go on.
 
         Raises:
-            PlanError: too little memory.
+            PlanError: too little memory, or a model that the recipe's quantizer cannot see in float.
             ExportError: too little disk; an unfinished run is in the way, or was another one.
         """
+        if data is not None and self._two_chains:
+            require_float_chain(data.flow, plan, self._options.mode)
         prediction = self._predict(plan, data)
         if self.opened.files is not None:
             self.identity = self._identify(plan, data)
@@ -288,15 +296,28 @@ class QuantizationRun:
         assert self._log is not None
         spill = None if self._work is None else self._work.spill
         cache = ActivationCache(limit_bytes=prediction.room, spill_directory=spill)
-        runner = StageRunner(self.opened.model, data.flow, data.run, mode=self._options.mode, cache=cache)
+        runner, floats = (
+            StageRunner(self.opened.model, data.flow, data.run, mode=self._options.mode, cache=cache, chain=chain)
+            for chain in ("", FLOAT_CHAIN)
+        )
         self._log.say(runner.summary())
         if self._weights is not None:
-            self._weights.dormant = runner.answers
+            self._weights.dormant = lambda unit: runner.answers(unit) or floats.answers(unit)
             if self._options.mode == "rerun" or len(data.flow.replayable) < len(data.flow.stages):
                 # Units run again for every sample of every stage
                 self._weights.budget = max(self._weights.budget, min(_KEPT_WEIGHTS, self._limit() - prediction.memory))
         stored = data.flow.replayable if self._options.mode == "replay" else frozenset()
-        return Data(runner, data.samples, data.masks, data.weights, stored, data.once, data.shared, data.min_tokens)
+        return Data(
+            runner,
+            data.samples,
+            data.masks,
+            data.weights,
+            stored,
+            data.once,
+            data.shared,
+            data.min_tokens,
+            floats if self._two_chains else None,
+        )
 
     def _identify(self, plan: Plan, data: Probed | None) -> dict[str, Any]:
         assert self.opened.directory is not None

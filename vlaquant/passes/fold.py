@@ -171,7 +171,8 @@ def fold_norm_(norm: nn.Module, scale: Tensor, linears: Iterable[nn.Linear] = ()
 def scaled_stats(stats: ActStats, scale: Tensor) -> ActStats:
     """The statistics of x / scale, from those of x: what calibration would see after a fold."""
     scale = scale.to(stats.mean_abs)
-    hessian = None if stats.hessian is None else (stats.hessian / scale).div_(scale.unsqueeze(-1))
+    second = (stats.hessian, stats.cross, stats.drift)
+    hessian, cross, drift = (None if m is None else (m / scale).div_(scale.unsqueeze(-1)) for m in second)
     return replace(
         stats,
         channel_low=stats.channel_low / scale,
@@ -179,6 +180,8 @@ def scaled_stats(stats: ActStats, scale: Tensor) -> ActStats:
         mean_abs=stats.mean_abs / scale,
         hessian=hessian,
         sample=stats.sample / scale,
+        cross=cross,
+        drift=drift,
     )
 
 

@@ -32,6 +32,7 @@ from vlaquant.numerics import (
     quantize_weight,
     round_to_codes_,
 )
+from vlaquant.passes.gptaq import shifted_weight
 from vlaquant.scheme import Granularity, QuantSpec
 
 #: Damping grows tenfold until the Hessian can be factored, but not beyond this share of its mean diagonal.
@@ -72,6 +73,8 @@ def gptq(
     damp: float = 0.01,
     block_size: int = 128,
     act_order: bool = True,
+    cross: Tensor | None = None,
+    alpha: float = 1.0,
 ) -> GptqResult:
     """Codes for a weight [n, k] that keep its output, rather than the weight itself, near the original.
 
@@ -87,6 +90,9 @@ def gptq(
             group, where there are groups.
         act_order: begin with the columns that see the largest activations, with the group scales fixed beforehand.
             Otherwise columns go in order, and the scales of a group are chosen at its turn, from the corrected weight.
+        cross: [k, k], mean of (x − x̂)·x̂ᵀ where ``hessian`` is that of x̂: keep the output on x̂ near that of the weight
+            on x. See :mod:`vlaquant.passes.gptaq`.
+        alpha: share of this difference that is made up for.
 
     Raises:
         CalibrationError: the Hessian holds NaN or Inf.
@@ -100,15 +106,16 @@ def gptq(
         plain = quantize_weight(weight, spec, scale_dtype=scale_dtype, observer=observer)
         return GptqResult(plain, factored.damp, factored.dead, f"{factored.trouble}; rounded to nearest")
 
+    if cross is not None:
+        weight = shifted_weight(weight, cross, factored.L, factored.pivots, factored.order, alpha)
     grow = not act_order and spec.granularity is Granularity.GROUP
     if grow:
         assert spec.group_size is not None
         block_size = spec.group_size
-    n, k = weight.shape
-    codes = torch.empty(n, k, dtype=torch.int8, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale, zero = fit_groups(weight, spec, observer, scale_dtype)
     place = factored.order.argsort()
-    for start in range(0, n, _ROWS):
+    for start in range(0, len(weight), _ROWS):
         rows = slice(start, start + _ROWS)
         grid = _Grid(scale, zero, rows, spec, observer, scale_dtype)
         W = weight[rows].to(torch.float32).T.contiguous()[factored.order]
@@ -133,11 +140,13 @@ class _Factor:
     Attributes:
         L: [k, k], of the damped Hessian in the order below, its columns divided by its diagonal. What lies above the
             diagonal means nothing. None if it cannot be factored.
+        pivots: [k], what the columns of L were divided by.
         order: [k], which column of the weight is which of L; the last one is to be rounded first.
         trouble: why L is None.
     """
 
     L: Tensor | None
+    pivots: Tensor
     order: Tensor
     damp: float
     dead: int
@@ -157,19 +166,21 @@ def _factor(hessian: Tensor, damp: float, *, act_order: bool) -> _Factor:
         first_to_last = torch.argsort(diagonal, descending=True, stable=True)
     order, dead_columns = first_to_last.flip(0), int(dead.sum())
     if mean == 0.0:
-        return _Factor(None, order, damp, dead_columns, "every input is 0")
+        return _Factor(None, diagonal, order, damp, dead_columns, "every input is 0")
     while True:
         for dtype in (torch.float32, torch.float64):
             L = _gathered(hessian, order, dtype)
             L.diagonal().copy_(diagonal[order].to(dtype) + damp * mean)
             if _cholesky_(L):
-                L /= L.diagonal().clone()
+                pivots = L.diagonal().clone()
+                L /= pivots
                 L = L.to(torch.float32)
                 if all_finite(L):
-                    return _Factor(L, order, damp, dead_columns, float64=dtype is torch.float64)
+                    wide = dtype is torch.float64
+                    return _Factor(L, pivots.to(torch.float32), order, damp, dead_columns, float64=wide)
         if damp >= MAX_DAMP:
             trouble = f"the Hessian is not positive definite, even with damping {damp:g}"
-            return _Factor(None, order, damp, dead_columns, trouble)
+            return _Factor(None, diagonal, order, damp, dead_columns, trouble)
         damp = min(max(10.0 * damp, _MIN_RETRY_DAMP), MAX_DAMP)
 
 

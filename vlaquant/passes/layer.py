@@ -16,9 +16,9 @@ from vlaquant.errors import CalibrationError, CheckpointError
 from vlaquant.numerics import QuantizedWeight, all_finite, qparams
 from vlaquant.passes.awq import awq_clip, hessian_observer
 from vlaquant.passes.gptq import gptq
-from vlaquant.passes.loss import row_losses, slices
+from vlaquant.passes.loss import row_losses, row_losses_of_two, slices
 from vlaquant.passes.rtn import round_to_nearest
-from vlaquant.recipe import Quantizer, Rtn
+from vlaquant.recipe import Gptaq, Quantizer, Rtn
 from vlaquant.scheme import Granularity, QuantSpec, Scheme
 
 
@@ -43,7 +43,8 @@ class LayerRecord:
     Attributes:
         quantizer: what made the codes, ``rtn`` or ``gptq``, with its clipping.
         loss: mean squared error of the layer's output over the calibration tokens, as a share of the output's mean
-            square (float activations); None for a layer without data.
+            square (float activations); None for a layer without data. With gptaq the output is that of the float
+            model, so that the error holds what earlier layers did to the input.
         loss_rtn: the same for plain rounding of the same weight.
         notes: everything out of the ordinary: reverted, more damping, dead columns.
     """
@@ -97,8 +98,8 @@ def _solve(works: Mapping[str, Work], quantizer: Quantizer) -> dict[str, tuple[Q
     _require_finite(works)
     first = next(iter(works.values()))
     weight = first.weight if len(works) == 1 else torch.cat([work.weight for work in works.values()])
-    spec, hessian = first.scheme.weight, None if first.stats is None else first.stats.hessian
-    if hessian is None:
+    spec, stats = first.scheme.weight, first.stats
+    if stats is None or stats.hessian is None:
         clip = quantizer.clip if quantizer.clip != "awq" else "mse"
         rounded = round_to_nearest(weight, spec, scale_dtype=first.scale_dtype, clip=clip)
         return {
@@ -106,10 +107,10 @@ def _solve(works: Mapping[str, Work], quantizer: Quantizer) -> dict[str, tuple[Q
             for name, work in works.items()
         }
     plain = round_to_nearest(weight, spec, scale_dtype=first.scale_dtype)
-    result, notes = _with_data(weight, plain, hessian, quantizer, first.scale_dtype)
+    result, notes = _with_data(weight, plain, stats, quantizer, first.scale_dtype)
     rows = _rows([len(work.weight) for work in works.values()])
-    losses_rtn, powers = (_losses(codes, weight, hessian, rows) for codes in (plain, None))
-    losses = losses_rtn if result is plain else _losses(result, weight, hessian, rows)
+    losses_rtn, powers = (_losses(codes, weight, stats, rows) for codes in (plain, None))
+    losses = losses_rtn if result is plain else _losses(result, weight, stats, rows)
     solved = {}
     for (name, work), part, loss, loss_rtn, power in zip(works.items(), rows, losses, losses_rtn, powers, strict=True):
         scale = 1.0 / max(power, torch.finfo(torch.float32).tiny)
@@ -136,27 +137,33 @@ def _rows(counts: Sequence[int]) -> list[slice]:
     return [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
 
 
-def _losses(quantized: QuantizedWeight | None, weight: Tensor, hessian: Tensor, parts: Sequence[slice]) -> list[float]:
+def _losses(quantized: QuantizedWeight | None, weight: Tensor, stats: ActStats, parts: Sequence[slice]) -> list[float]:
     """Squared output error of each part of the rows, averaged over tokens; without codes that of no weight at all."""
+    assert stats.hessian is not None
     losses = torch.empty(len(weight), dtype=torch.float64)
     for rows in slices(*weight.shape):
         part = weight[rows].to(torch.float32)
-        delta = part if quantized is None else quantized.rows(rows).dequantize().sub_(part)
-        losses[rows] = row_losses(delta, hessian).to(losses)
+        delta = -part if quantized is None else quantized.rows(rows).dequantize().sub_(part)
+        if stats.cross is None or stats.drift is None:
+            losses[rows] = row_losses(delta, stats.hessian).to(losses)
+        else:
+            losses[rows] = row_losses_of_two(delta, part, stats.hessian, stats.cross, stats.drift).to(losses)
     return [float(losses[part].sum()) for part in parts]
 
 
 def _with_data(
-    weight: Tensor, plain: QuantizedWeight, hessian: Tensor, quantizer: Quantizer, scale_dtype: torch.dtype
+    weight: Tensor, plain: QuantizedWeight, stats: ActStats, quantizer: Quantizer, scale_dtype: torch.dtype
 ) -> tuple[QuantizedWeight, tuple[str, ...]]:
     """What the recipe's quantizer makes of a weight; ``plain`` is what plain rounding made of it."""
-    spec = plain.spec
+    spec, hessian = plain.spec, stats.hessian
+    assert hessian is not None
     if isinstance(quantizer, Rtn):
         if quantizer.clip == "minmax":
             return plain, ()
         if quantizer.clip == "awq":
             return awq_clip(weight, hessian, spec, scale_dtype=scale_dtype), ()
         return round_to_nearest(weight, spec, scale_dtype=scale_dtype, clip=quantizer.clip), ()
+    shift: dict[str, Any] = {"cross": stats.cross, "alpha": quantizer.alpha} if isinstance(quantizer, Gptaq) else {}
     result = gptq(
         weight,
         hessian,
@@ -166,6 +173,7 @@ def _with_data(
         damp=quantizer.damp,
         block_size=quantizer.block_size,
         act_order=quantizer.act_order,
+        **shift,
     )
     notes = []
     if result.dead_columns:

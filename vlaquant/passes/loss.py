@@ -36,6 +36,23 @@ def row_losses(delta: Tensor, hessian: Tensor) -> Tensor:
     return losses
 
 
+def row_losses_of_two(delta: Tensor, weight: Tensor, hessian: Tensor, cross: Tensor, drift: Tensor) -> Tensor:
+    """Mean of (w·x − ŵ·x̂)² for each row, [n]: the output on x̂ against that of the float weight on x.
+
+    As w·x − ŵ·x̂ = w·(x − x̂) − δ·x̂ with δ = ŵ − w, that is δᵀ·H·δ − 2·wᵀ·C·δ + wᵀ·D·w.
+
+    Args:
+        delta: [n, k], rounded weight minus weight.
+        weight: [n, k], float32.
+        hessian: H [k, k], mean of x̂·x̂ᵀ.
+        cross: C [k, k], mean of (x − x̂)·x̂ᵀ.
+        drift: D [k, k], mean of (x − x̂)·(x − x̂)ᵀ.
+    """
+    losses = row_losses(delta, hessian) + row_losses(weight, drift)
+    # The three may cancel to the last bits
+    return losses.sub_((weight @ cross).mul_(delta).sum(dim=-1), alpha=2.0).clamp_(min=0.0)
+
+
 def output_loss(
     x: Tensor, weight: Tensor, rounded_x: Tensor, rounded_weight: Tensor, token_weights: Tensor | None = None
 ) -> float:

@@ -4,12 +4,13 @@ Parsed strictly: a key that is not known, a value of the wrong type or a scheme 
 names the line, the place and the nearest legal word. What a recipe means for a model is decided in ``plan``.
 """
 
-from vlaquant.recipe.needs import needs_calibration, require_calibration
+from vlaquant.recipe.needs import needs_calibration, needs_float_chain, require_calibration
 from vlaquant.recipe.parsing import load_recipe
 from vlaquant.recipe.sections import (
     Awq,
     Calibration,
     Episodes,
+    Gptaq,
     Gptq,
     GradientWeights,
     JsonLines,
@@ -31,6 +32,7 @@ __all__ = [
     "Awq",
     "Calibration",
     "Episodes",
+    "Gptaq",
     "Gptq",
     "GradientWeights",
     "JsonLines",
@@ -48,5 +50,6 @@ __all__ = [
     "TypeWeights",
     "load_recipe",
     "needs_calibration",
+    "needs_float_chain",
     "require_calibration",
 ]

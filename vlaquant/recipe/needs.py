@@ -1,7 +1,7 @@
 """Which parts of a recipe cannot work without calibration data."""
 
 from vlaquant.errors import RecipeError
-from vlaquant.recipe.sections import Gptq, LayerScale, Recipe, Rotation
+from vlaquant.recipe.sections import Gptaq, Gptq, LayerScale, Recipe, Rotation
 
 
 def needs_calibration(recipe: Recipe) -> list[str]:
@@ -16,13 +16,18 @@ def needs_calibration(recipe: Recipe) -> list[str]:
             continue
         why = "is checked on real inputs" if isinstance(transform, LayerScale) else "scales come from activations"
         reasons.append(f"transforms[{position}] ({transform.kind}: {why})")
-    if isinstance(recipe.quantizer, Gptq):
-        reasons.append("quantizer (gptq: minimizes the error on real inputs)")
+    if isinstance(recipe.quantizer, Gptq | Gptaq):
+        reasons.append(f"quantizer ({recipe.quantizer.kind}: minimizes the error on real inputs)")
     elif recipe.quantizer.clip == "awq":
         reasons.append("quantizer (clip awq: ranges are searched on real inputs)")
     if recipe.token_weights is not None:
         reasons.append("token_weights (tokens are those of real inputs)")
     return reasons
+
+
+def needs_float_chain(recipe: Recipe) -> bool:
+    """Whether the quantizer compares what layers read with what they read in the float model."""
+    return isinstance(recipe.quantizer, Gptaq)
 
 
 def require_calibration(recipe: Recipe) -> None:

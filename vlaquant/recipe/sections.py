@@ -188,8 +188,8 @@ class Rtn(Section):
     clip: Literal["minmax", "mse", "awq"] = "minmax"
 
 
-class Gptq(Section):
-    """Round column by column and let the columns that are left make up for the error.
+class _ColumnByColumn(Section):
+    """What :class:`Gptq` and :class:`Gptaq` share.
 
     Attributes:
         clip: as for rtn.
@@ -198,11 +198,28 @@ class Gptq(Section):
         act_order: begin with the columns that see the largest activations.
     """
 
-    kind: Literal["gptq"] = "gptq"
+    kind: str
     clip: Literal["minmax", "mse", "awq"] = "minmax"
     damp: float = Field(default=0.01, gt=0.0, le=1.0)
     block_size: PositiveInt = 128
     act_order: bool = True
+
+
+class Gptq(_ColumnByColumn):
+    """Round column by column and let the columns that are left make up for the error."""
+
+    kind: Literal["gptq"] = "gptq"
+
+
+class Gptaq(_ColumnByColumn):
+    """GPTQ that also makes up for what earlier quantized layers changed in the input; needs ``propagate: quantized``.
+
+    Attributes:
+        alpha: share of that change which is made up for; with 0 it is GPTQ.
+    """
+
+    kind: Literal["gptaq"] = "gptaq"
+    alpha: float = Field(default=1.0, ge=0.0, le=1.0)
 
 
 class TypeWeights(Section):
@@ -308,14 +325,14 @@ class Text(Section):
 Transform = Annotated[SmoothQuant | Awq | LayerScale, Field(discriminator="kind")]
 #: A rotation changes the whole model before its first stage, all others are done stage by stage.
 AnyTransform = Annotated[SmoothQuant | Awq | LayerScale | Rotation, Field(discriminator="kind")]
-Quantizer = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+Quantizer = Annotated[Rtn | Gptq | Gptaq, Field(discriminator="kind")]
 TokenWeights = Annotated[TypeWeights | GradientWeights, Field(discriminator="kind")]
 Calibration = Annotated[Episodes | LeRobot | JsonLines | Text, Field(discriminator="kind")]
 
 #: Key of the recipe -> {kind: the section it then holds}.
 KINDS: dict[str, dict[str, type[Section]]] = {
     "transforms": {"smoothquant": SmoothQuant, "awq": Awq, "layerscale": LayerScale, "rotation": Rotation},
-    "quantizer": {"rtn": Rtn, "gptq": Gptq},
+    "quantizer": {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq},
     "token_weights": {"types": TypeWeights, "gradient": GradientWeights},
     "calibration": {"episodes": Episodes, "lerobot": LeRobot, "jsonl": JsonLines, "text": Text},
 }
@@ -369,6 +386,15 @@ class Recipe(Section):
     def scalings(self) -> tuple[Transform, ...]:
         """The transforms that are done stage by stage."""
         return tuple(transform for transform in self.transforms if not isinstance(transform, Rotation))
+
+    @model_validator(mode="after")
+    def _something_to_correct(self) -> Self:
+        if isinstance(self.quantizer, Gptaq) and self.propagate == "float":
+            raise ValueError(
+                "quantizer gptaq makes up for what earlier quantized layers changed, and with 'propagate: float' they "
+                "change nothing; use gptq, or 'propagate: quantized'"
+            )
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with all defaults written out; ``load_recipe`` turns them back into this recipe."""
