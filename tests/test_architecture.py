@@ -40,7 +40,7 @@ ORDER = [
 ENTRANCES = {"vlaquant", "vlaquant.__main__"}
 
 #: Optional extras, which may be imported inside a function.
-OPTIONAL = {"av", "compressed_tensors", "gguf", "lerobot", "matplotlib", "metaworld", "mujoco", "scipy"}
+OPTIONAL = {"av", "compressed_tensors", "gguf", "lerobot", "matplotlib", "metaworld", "mujoco", "pdoc", "scipy"}
 PICKLES = {"cPickle", "cloudpickle", "dill", "joblib", "pickle", "shelve"}
 
 MAX_FILE_LINES = 400
