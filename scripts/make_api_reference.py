@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-#: What users may import. Of a package with ``__all__`` these names, else all without an underscore.
+#: What users may import. Of a package with ``__all__`` these names (``vlaquant`` brings its ``plan``), else all without
+#: an underscore.
 MODULES = (
     "vlaquant",
     "vlaquant.calibrate",
@@ -17,14 +18,12 @@ MODULES = (
     "vlaquant.families",
     "vlaquant.families.base",
     "vlaquant.families.data",
-    "vlaquant.linear",
     "vlaquant.numerics",
     "vlaquant.passes.awq",
     "vlaquant.passes.gptq",
     "vlaquant.passes.loss",
     "vlaquant.passes.rtn",
     "vlaquant.passes.smoothquant",
-    "vlaquant.plan",
     "vlaquant.recipe",
     "vlaquant.scheme",
 )

@@ -31,7 +31,7 @@ RUN = {
     "vlaquant bench build/demo-w4a16 --reference examples/demo_policy --episodes examples/demo_episodes --threads 1": (
         "--rounds 1 --dtypes stored"
     ),
-    "vlaquant bench --shapes 4096x4096,4096x11008": "--shapes 64x64 --tokens 1 --schemes w4a16 --rounds 1",
+    "vlaquant bench --shapes 4096x4096,4096x11008": "--shapes 128x128 --tokens 1 --schemes w4a16 --rounds 1",
     "cp configs/openvla_w4a16_awq.yaml configs/mine.yaml": "",
     "vlaquant plan --config configs/mine.yaml --model my_openvla": "",
     "vlaquant plan --config configs/mine.yaml --model my_openvla --layers": "",
