@@ -202,7 +202,7 @@ def _w8a8_error(x: Tensor, weight: Tensor, scale: Tensor) -> float:
 
 def awq(measured: Measured) -> Numbers:
     """Output error against the exponent of AWQ's scale, in 4 bits: the folds in which it helps most and least."""
-    curves = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
     for source, (stats, weight) in measured.folds.items():
         assert stats.hessian is not None
         power = weight_loss(weight, stats.hessian)

@@ -146,9 +146,9 @@ def results(drawn: Numbers) -> Figure:
     for row in drawn["rows"]:
         colour = next((one for word, one in _METHODS.items() if word in row["name"]), GREY)
         left.plot(row["MiB"], row["L1"], "o", color=colour, markersize=7)
-        place = _LABELS.get(row["name"], (8, -3))
-        align = "right" if place[0] < 0 else "left"
-        left.annotate(row["name"], (row["MiB"], row["L1"]), place, textcoords="offset points", fontsize=8, ha=align)
+        offset = _LABELS.get(row["name"], (8, -3))
+        align = "right" if offset[0] < 0 else "left"
+        left.annotate(row["name"], (row["MiB"], row["L1"]), offset, textcoords="offset points", fontsize=8, ha=align)
     left.axvline(drawn["float MiB"], color=GREY, linestyle="--", linewidth=1.2)
     left.annotate("float", (drawn["float MiB"], 0.03), (-30, 0), textcoords="offset points", fontsize=9)
     left.set(yscale="log", xlim=(0, drawn["float MiB"] * 1.06), ylim=(8e-4, 1))

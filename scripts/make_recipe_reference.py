@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -116,7 +116,7 @@ def in_words(annotation: Any) -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    annotation = field.annotation
+    annotation: Any = field.annotation
     if field.default is None:  # that the key may be left out is in the column of defaults
         rest = [one for one in get_args(annotation) if one is not type(None)]
         annotation = Union[tuple(rest)] if rest else annotation  # noqa: UP007  there is no other way to write it
@@ -193,7 +193,7 @@ def _markdown(text: str) -> str:
     return re.sub(r"\bdocs/([\w-]+\.md)", r"[`\1`](\1)", text)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 

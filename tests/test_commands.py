@@ -13,7 +13,7 @@ import documents
 import pytest
 import torch
 from documents import ROOT, read
-from staged import skip_verification
+from staged import killed_after, skip_verification, stages_in
 
 from vlaquant.cli import _parser, main
 
@@ -42,7 +42,6 @@ RUN = {
     ),
     "vlaquant bench my_openvla_w4 --reference my_openvla --episodes episodes": "--rounds 1 --threads 1 --dtypes stored",
     "vlaquant plan --config configs/openvla_small.yaml --model my_openvla": "",
-    # On large-models.md both of these are the first command for an output, and a run that was stopped
     "vlaquant quantize --config configs/openvla_w4a16_gptq.yaml --model my_openvla --output my_openvla_w4 "
     "--max-memory 8GB": "--overwrite",
     "vlaquant quantize --config configs/openvla_w4a16_gptq.yaml --model my_openvla --output my_openvla_w4 --resume": "",
@@ -124,10 +123,20 @@ def execute(command: str) -> int:
         torch.set_num_threads(threads)
 
 
+def stop_halfway(command: str) -> None:
+    """Leave behind what a killed run does, and no output of an earlier one."""
+    shutil.rmtree("my_openvla_w4")
+    with killed_after(3):
+        execute(command)
+    assert stages_in(Path("my_openvla_w4")) == 3
+
+
 @pytest.mark.usefixtures("workplace")
 def test_the_commands_run(capfd: pytest.CaptureFixture[str]) -> None:
     for command in documented():
         if command in RUN:
+            if command.endswith("--resume"):
+                stop_halfway(command.removesuffix(" --resume"))
             status = execute(f"{command} {RUN[command]}")
             said = capfd.readouterr()
             assert status == 0, f"{command} {RUN[command]}\n{said.out}\n{said.err}"
@@ -226,7 +235,7 @@ def mention_complaints(mention: str) -> list[str]:
     choices = next(one for one in _parser()._subparsers._group_actions if one.choices).choices  # type: ignore[union-attr]
     if first not in choices:  # type: ignore[operator]
         return [f"vlaquant has no command {first}"]
-    known = choices[first].format_help()  # type: ignore[index, call-overload]
+    known = choices[first].format_help()  # type: ignore[index]
     return [f"{mention}: {word}" for word in rest if word.startswith("--") and word not in known]
 
 
