@@ -125,9 +125,12 @@ def _type(field: FieldInfo) -> str:
 
 def _limits(metadata: Any) -> Iterator[str]:
     for one in metadata:
+        if isinstance(one, FieldInfo):
+            yield from _limits(one.metadata)
+            continue
         for name, words in _LIMITS.items():
             if getattr(one, name, None) is not None:
-                yield words.format(getattr(one, name))
+                yield words.format(f"{getattr(one, name):g}")
 
 
 def _default(field: FieldInfo) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def read(path: Path) -> str:
 
 def blocks(text: str, language: str) -> list[str]:
     """Contents of the fenced blocks of a language."""
-    return [content for _, info, content in _FENCE.findall(text) if info == language]
+    return [textwrap.dedent(content) for _, info, content in _FENCE.findall(text) if info == language]
 
 
 def languages(text: str) -> set[str]:

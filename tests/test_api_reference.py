@@ -18,7 +18,7 @@ def test_it_builds_without_warnings(tmp_path: Path) -> None:
     assert reference.build(tmp_path) == []
     page = read(tmp_path / "vlaquant.html")
     assert 'id="quantize"' in page
-    assert "_write" not in page
+    assert 'id="_write"' not in page
     assert {path.stem for path in (tmp_path / "vlaquant").rglob("*.html")} >= {"numerics", "recipe", "gptq"}
 
 
@@ -40,7 +40,7 @@ def test_what_pages_import_is_public() -> None:
     imported = [
         (node.module, alias.name)
         for block in blocks
-        for node in ast.walk(ast.parse(inspect.cleandoc(block)))
+        for node in ast.walk(ast.parse(block))
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "vlaquant"
         for alias in node.names
     ]

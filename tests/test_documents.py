@@ -91,6 +91,9 @@ def test_the_reference_copes_with_sections_to_come(monkeypatch: pytest.MonkeyPat
     summary, meanings = reference.described(Budget)
     assert summary == "How much may be used."
     assert meanings["bytes"] == "at most so many, over two lines; see `Recipe`."
+    assert reference.in_words(sections.Rule.model_fields["embodiment"].annotation) == (
+        "whole number, at least 0, may be `null`"
+    )
     assert reference.in_words(Budget.model_fields["parts"].annotation) == "mapping of text to number, may be `null`"
     monkeypatch.setattr(Budget, "__doc__", "How much.\n\nAttributes:\n    bytes: so many.\n")
     with pytest.raises(LookupError, match="what parts mean"):
