@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import documents
 import figure_numbers
@@ -70,6 +71,7 @@ def test_contrast_is_that_of_wcag() -> None:
 @pytest.mark.parametrize("path", sorted(IMAGES.glob("*.svg")), ids=lambda path: path.stem)
 def test_figures_can_be_read_on_light_and_dark_pages(path: Path) -> None:
     svg = read(path)
+    assert ET.fromstring(svg).tag.endswith("svg")
     themes = re.findall(r"svg\{color:(#\w+);--paper:(#\w+)\}", svg)
     assert len(themes) == 2
     assert all(contrast(ink, paper) > 7 for ink, paper in themes)
