@@ -62,7 +62,7 @@ def grid(drawn: Numbers) -> Figure:
         ax.set_title(f"{name}: S = {scale:.4f}, Z = {zero}")
         ax.set_xlabel("the 64 weights of one group, sorted")
     axes[0].set_ylabel("weight, and its 16 codes as lines")
-    axes[0].set_ylim(min(values) * 1.25, max(values) * 1.25)
+    axes[0].set_ylim(min(drawn["symmetric"]["levels"]) * 1.05, max(values) * 1.1)
     return figure
 
 
@@ -74,7 +74,7 @@ def granularity(drawn: Numbers) -> Figure:
     for (x, y), group in zip(drawn["4 bits"], GROUPS, strict=True):
         name = f"groups of {group}" if isinstance(group, int) else f"one scale per {group}"
         right.annotate(name, (x, y), (4, 6), textcoords="offset points", fontsize=9, rotation=25)
-    right.set(xlim=(3.98, 4.72), ylim=(0, 0.068), title="4 bits alone")
+    right.set(xlim=(3.98, 4.72), ylim=(0, 0.09), title="4 bits alone")
     left.set_yscale("log")
     left.set_ylabel("squared error, share of the weights'")
     for ax in (left, right):
