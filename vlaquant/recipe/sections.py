@@ -198,7 +198,14 @@ class Gptq(Section):
 
 
 class TypeWeights(Section):
-    """What a token of each type counts for in Hessians and in the losses of searches; padding counts for nothing."""
+    """What a token of each type counts for in Hessians and in the losses of searches; padding counts for nothing.
+
+    Attributes:
+        image: of a token that an image became.
+        text: of a token of the instruction.
+        state: of a token that the robot's state became.
+        action: of a token that decides an action.
+    """
 
     kind: Literal["types"] = "types"
     image: float = Field(default=1.0, ge=0.0)
@@ -214,7 +221,11 @@ class TypeWeights(Section):
 
 
 class GradientWeights(Section):
-    """A token counts for its squared gradient of what the policy decides, to a ``power``: less than 1 levels it out."""
+    """A token counts for its squared gradient of what the policy decides.
+
+    Attributes:
+        power: the gradient's; less than 1 levels it out.
+    """
 
     kind: Literal["gradient"] = "gradient"
     power: float = Field(default=1.0, gt=0.0, le=1.0)
