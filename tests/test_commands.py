@@ -158,6 +158,14 @@ def test_every_command_is_in_one_table() -> None:
     assert sorted([*RUN, *ELSEWHERE]) == sorted(commands)
 
 
+def test_commands_are_found_in_bash_blocks() -> None:
+    page = (
+        "`make x`\n```bash\nvlaquant fly   --to 'the moon'  # far\n\n# nothing\nmake \\\n  tea\n```\n```text\nno\n```\n"
+    )
+    assert documents.commands(page) == ["vlaquant fly --to 'the moon'", "make tea"]
+    assert not set(documents.commands(page)) & {*RUN, *ELSEWHERE}
+
+
 class Parsed(Exception):  # noqa: N818  not an error
     """The arguments were accepted."""
 

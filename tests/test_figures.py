@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -10,6 +11,8 @@ import documents
 import figure_numbers
 import pytest
 from documents import ROOT, read
+
+from vlaquant.numerics import mse_observer, quantize_weight
 
 IMAGES = ROOT / "docs" / "images"
 PAGES = [ROOT / "docs" / "concepts.md", ROOT / "docs" / "zh" / "concepts.md"]
@@ -30,6 +33,12 @@ def test_figures_show_what_is_measured_today(name: str, measured: figure_numbers
     today = figure_numbers.FIGURES[name](measured)["summary"]
     # Another processor adds in another order, which may move a weight that lies between two codes
     assert drawn(name)["summary"] == pytest.approx(today, rel=0.02), "make figures"
+
+
+def test_a_figure_of_other_codes_is_seen(measured: figure_numbers.Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figure_numbers, "quantize_weight", partial(quantize_weight, observer=mse_observer))
+    changed = figure_numbers.granularity(measured)["summary"]
+    assert drawn("granularity")["summary"] != pytest.approx(changed, rel=0.02)
 
 
 def test_results_are_those_of_the_file() -> None:
