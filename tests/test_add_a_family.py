@@ -1,4 +1,4 @@
-"""``docs/add-a-family.md``, followed word for word; and families from outside of vlaquant."""
+"""``docs/how-to/add-a-family.md``, followed word for word; and families from outside of vlaquant."""
 
 import re
 import subprocess
@@ -15,7 +15,8 @@ from vlaquant.errors import CheckpointError, PlanError, RecipeError
 from vlaquant.families import FAMILIES, family_of_config, register_family
 from vlaquant.recipe import load_recipe
 
-PAGE = Path(__file__).parent.parent / "docs" / "add-a-family.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "how-to" / "add-a-family.md"
 RULES = [{"part": "trunk", "scheme": "w8a16"}]
 
 
@@ -27,7 +28,7 @@ def blocks() -> dict[str, str]:
 
 def python(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
     """Run Python in ``folder``, as a user would who has installed vlaquant."""
-    environment = {"PYTHONPATH": str(PAGE.parent.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -42,7 +42,7 @@ ENTRANCES = {"vlaquant", "vlaquant.__main__"}
 #: Optional extras, which may be imported inside a function.
 OPTIONAL = {
     *("av", "axe_playwright_python", "compressed_tensors", "gguf", "lerobot", "matplotlib", "metaworld", "mujoco"),
-    *("playwright", "scipy"),
+    *("pdoc", "playwright", "scipy"),
 }
 PICKLES = {"cPickle", "cloudpickle", "dill", "joblib", "pickle", "shelve"}
 

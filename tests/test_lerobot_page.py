@@ -27,8 +27,8 @@ def test_the_code_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_commands_and_recipes_of_the_page() -> None:
-    lines = "".join(lerobot_page.blocks("console"))
-    commands = re.findall(r"^\$ .*/vlaquant (.*)$", lines, flags=re.MULTILINE)
+    lines = "".join(lerobot_page.blocks("bash"))
+    commands = re.findall(r"^\S*/vlaquant (.*)$", lines, flags=re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["plan", "quantize", "inspect"]
     for command in commands:
         args = _parser().parse_args(shlex.split(command))
@@ -36,4 +36,4 @@ def test_the_commands_and_recipes_of_the_page() -> None:
     named = set(re.findall(r"`(lerobot_\w+_(?:awq|gptq|smoothquant))`", lerobot_page.PAGE))
     assert named == {path.stem for path in (lerobot_page.ROOT / "configs").glob("lerobot_*.yaml")}
     makefile = (lerobot_page.ROOT / "Makefile").read_text(encoding="utf-8")
-    assert all(f"\n{target}:" in makefile for target in re.findall(r"\$ make ([\w-]+)", lerobot_page.PAGE))
+    assert all(f"\n{target}:" in makefile for target in re.findall(r"^make ([\w-]+)", lines, flags=re.MULTILINE))

@@ -76,7 +76,10 @@ class Rule(Section):
         part: a part of the model, such as ``vision``, ``projector``, ``language`` or ``action``.
         pattern: instead of ``part``, a glob on module names, or ``re:`` and a regular expression for all of the name.
         scheme: a preset of :data:`vlaquant.scheme.PRESETS`, or ``float``.
-        bits: overrides the preset's weight, as ``symmetric`` and ``group_size`` do.
+        bits: of a weight, 2 to 8; overrides the preset's.
+        symmetric: whether the grid has as much room above 0 as below; overrides the preset's.
+        group_size: how many columns of a row share a scale, or ``channel`` (all of a row) or ``tensor``; overrides the
+            preset's.
         on_indivisible: overrides the recipe's.
         modules: ``linear``; ``embedding``, lookup tables; or ``bank``, Linears with one weight a robot embodiment. The
             latter two take ``w8a16`` (one scale a row, or a robot and output) and ``float``.
@@ -139,14 +142,22 @@ class Rule(Section):
 
 
 class SmoothQuant(Section):
-    """Move outliers from activations into weights: none of them at ``alpha`` 0, all at 1."""
+    """Move outliers from activations into weights.
+
+    Attributes:
+        alpha: how much of them moves: nothing at 0, all at 1.
+    """
 
     kind: Literal["smoothquant"] = "smoothquant"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
 
 
 class Awq(Section):
-    """Scale up the columns that matter most before rounding; ``grid`` strengths are tried."""
+    """Scale up the columns that matter most before rounding.
+
+    Attributes:
+        grid: how many strengths are tried; the first of them is none.
+    """
 
     kind: Literal["awq"] = "awq"
     grid: PositiveInt = 20
@@ -223,7 +234,14 @@ class Gptaq(_ColumnByColumn):
 
 
 class TypeWeights(Section):
-    """What a token of each type counts for in Hessians and in the losses of searches; padding counts for nothing."""
+    """What a token of each type counts for in Hessians and in the losses of searches; padding counts for nothing.
+
+    Attributes:
+        image: of a token that an image became.
+        text: of a token of the instruction.
+        state: of a token that the robot's state became.
+        action: of a token that decides an action.
+    """
 
     kind: Literal["types"] = "types"
     image: float = Field(default=1.0, ge=0.0)
@@ -239,7 +257,11 @@ class TypeWeights(Section):
 
 
 class GradientWeights(Section):
-    """A token counts for its squared gradient of what the policy decides, to a ``power``: less than 1 levels it out."""
+    """A token counts for its squared gradient of what the policy decides.
+
+    Attributes:
+        power: the gradient's; less than 1 levels it out.
+    """
 
     kind: Literal["gradient"] = "gradient"
     power: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -252,10 +274,14 @@ class Episodes(Section):
     """Recorded robot episodes: observations, evenly spread over one split of a ``datasets`` folder.
 
     Attributes:
+        path: the folder, with a subfolder of parquet files for each split.
         unnorm_key: dataset whose action statistics apply; can be left out if the checkpoint knows only one.
+        split: which subfolder.
         cameras: image columns in the order of the policy's cameras, null for one that is missing; by default ``image``,
             or else all image columns.
-        state: column of the state, by default ``state``; ``action`` likewise.
+        state: column of the state, by default ``state``.
+        action: column of the action, by default ``action``.
+        samples: how many observations.
         min_tokens: it is an error if a layer sees fewer.
     """
 
@@ -274,11 +300,13 @@ class LeRobot(Section):
     """A LeRobotDataset folder, layout 2.0, 2.1 or 3.0: frames spread over its episodes and their phases.
 
     Attributes:
+        path: the dataset's folder.
         unnorm_key: as for episodes.
         cameras: keys in the order of the policy's cameras, null for one that is missing; by default all of the dataset.
         state: key of the state, by default ``observation.state``.
         action: key of the action, by default ``action``.
         chunk: give the actions of so many frames from each one on.
+        samples: how many frames.
         min_tokens: it is an error if a layer sees fewer.
     """
 
@@ -297,7 +325,9 @@ class JsonLines(Section):
     """A file with a JSON object a line beside image files, as docs/robot-data.md describes it; chosen as for lerobot.
 
     Attributes:
+        path: the file; images lie relative to its folder.
         unnorm_key: as for episodes.
+        samples: how many lines.
         min_tokens: it is an error if a layer sees fewer.
     """
 
@@ -309,9 +339,12 @@ class JsonLines(Section):
 
 
 class Text(Section):
-    """A text file: ``samples`` windows of ``sequence_length`` tokens, evenly spread.
+    """A text file, for language models: windows of it, evenly spread.
 
     Attributes:
+        path: the file.
+        samples: how many windows.
+        sequence_length: tokens of a window.
         min_tokens: it is an error if a layer sees fewer.
     """
 
@@ -358,10 +391,14 @@ class Recipe(Section):
         model: checkpoint directory to read.
         output: directory to write.
         rules: the first that matches a layer decides; a layer that none matches stays float.
+        on_indivisible: what becomes of a layer whose columns do not divide into the groups of its scheme: an error, the
+            ``nearest`` group size that divides, one scale a row (``channel``), or float (``keep``).
         transforms: done in this order, before the quantizer.
+        quantizer: turns each weight into codes.
         propagate: what later layers see of earlier ones while they are calibrated: their quantized or float output.
         token_weights: what tokens count for while layers are calibrated; all the same if it is left out.
         calibration: data; can be left out if nothing needs it or samples come from Python.
+        seed: of every random choice, such as which frames are taken.
     """
 
     family: Annotated[str, AfterValidator(_known_family)] = "auto"
