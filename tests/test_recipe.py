@@ -162,12 +162,12 @@ GOOD = "rules: [{part: language, scheme: w4a16}]\n"
         (f"{GOOD}transforms:", "recipe.yaml:2: transforms: must be a list, got None"),
         (
             f"{GOOD}transforms: [{{alpha: 1}}]",
-            "transforms[0].kind: must be one of smoothquant, awq, layerscale, got None",
+            "transforms[0].kind: must be one of smoothquant, awq, layerscale, rotation, got None",
         ),
         (f"{GOOD}transforms: [awq]", "transforms[0]: must be a mapping with a 'kind', got 'awq'"),
         (
             f"{GOOD}transforms:\n- kind: awk",
-            "recipe.yaml:3: transforms[0].kind: must be one of smoothquant, awq, layerscale, got 'awk'",
+            "recipe.yaml:3: transforms[0].kind: must be one of smoothquant, awq, layerscale, rotation, got 'awk'",
         ),
         (
             f"{GOOD}transforms:\n- kind: awq\n  gird: 2",

@@ -86,8 +86,7 @@ def quantize(
         Processes.current(options.device) as processes,
         QuantizationRun(model_or_path, recipe, target, options, show=progress, processes=processes) as job,
     ):
-        opened = job.opened
-        data, made = job.observe(plan_for(opened.model, opened.family, recipe, untied=opened.untied), samples, run)
+        data, made = job.observe(job.plan(), samples, run)
         if not made.quantized and not made.replaced_tables:
             raise PlanError(f"no layer is left to quantize:\n{made}")
         loop = job.stages(made, data, overwrite=overwrite, resume=resume)

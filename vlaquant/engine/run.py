@@ -27,7 +27,7 @@ from vlaquant.engine.masking import Masks, sample_masks
 from vlaquant.engine.opening import Run, bring_weights, open_model, recipe_samples
 from vlaquant.engine.prediction import Prediction, available_memory, predict, require_room, resident_memory
 from vlaquant.engine.processes import ALONE, Processes
-from vlaquant.engine.rotating import rotate_
+from vlaquant.engine.rotating import plan_for, rotate_
 from vlaquant.engine.stage import put_tensor_
 from vlaquant.engine.tables import pack_tables_
 from vlaquant.engine.weighing import Weights, token_weights
@@ -154,6 +154,14 @@ class QuantizationRun:
             error.add_note(
                 f"{len(self._work.records)} finished stages are kept in {self._work.path}; go on with --resume"
             )
+
+    def plan(self) -> Plan:
+        """What the recipe will do to every weight.
+
+        Raises:
+            PlanError: a rule that decides nothing, a group size that does not divide.
+        """
+        return plan_for(self.opened.model, self.opened.family, self._recipe, untied=self.opened.untied)
 
     def observe(self, plan: Plan, samples: Sequence[Any] | None, run: Run | None) -> tuple[Probed | None, Plan]:
         """Take the first sample through the model, to learn how data flows through it.
