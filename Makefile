@@ -7,8 +7,7 @@ LEROBOT_PYTHON ?= python3.12
 LEROBOT := .venv-lerobot
 
 .PHONY: help demo test check format bench docs figures test-slow test-gpu test-browser lerobot test-lerobot \
-	test-notebooks notebooks \
-	lerobot-notebook clean
+	test-notebooks notebooks lerobot-notebook clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
 demo: $(STAMP) ## quantize the shipped policy, verify the result and compare how it acts
