@@ -156,7 +156,7 @@ def check_stats(module: types.ModuleType) -> None:
     analytic = module.scaled_stats(before, scale)
     fold_norm_(norm, scale, [reader])
     measured = stats()
-    for name in ("channel_low", "channel_high", "absmax", "low", "high", "mean_abs", "hessian", "sample"):
+    for name in ("channel_low", "channel_high", "absmax", "low", "high", "mean", "mean_abs", "hessian", "sample"):
         torch.testing.assert_close(getattr(analytic, name), getattr(measured, name), rtol=1e-4, atol=1e-6)
     assert analytic.tokens == measured.tokens
 
@@ -171,6 +171,7 @@ def test_scaled_stats_are_those_of_the_folded_model() -> None:
         ("stats.hessian / scale / scale.unsqueeze(-1)", "stats.hessian / scale"),
         ("stats.sample / scale", "stats.sample * scale"),
         ("stats.channel_low / scale", "stats.channel_low"),
+        ("stats.mean / scale", "stats.mean"),
     ],
 )
 def test_measurement_notices_broken_stats(old: str, new: str) -> None:

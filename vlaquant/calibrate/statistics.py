@@ -28,6 +28,7 @@ class ActStats:
     Attributes:
         channel_low: [k], smallest value of each input channel.
         channel_high: [k], largest value of each input channel.
+        mean: [k], mean of x.
         mean_abs: [k], mean of |x|.
         hessian: [k, k], mean over the tokens of x·xᵀ, exactly symmetric; None where it was not asked for.
         sample: [≤ r, k], tokens drawn uniformly from all that were seen.
@@ -36,6 +37,7 @@ class ActStats:
 
     channel_low: Tensor
     channel_high: Tensor
+    mean: Tensor
     mean_abs: Tensor
     hessian: Tensor | None
     sample: Tensor
@@ -85,6 +87,7 @@ class RunningStats:
     Attributes:
         channel_low: [k], float32.
         channel_high: [k], float32.
+        sum: [k], float64, Σx.
         abs_sum: [k], float64, Σ|x|.
         strips: float64, the upper triangle of Σx·xᵀ: strip i holds rows 512·i up to 512·(i + 1) and the columns from
             512·i on. Empty where no Hessian was asked for.
@@ -97,6 +100,7 @@ class RunningStats:
 
     channel_low: Tensor
     channel_high: Tensor
+    sum: Tensor
     abs_sum: Tensor
     strips: list[Tensor]
     keys: Tensor
@@ -110,6 +114,7 @@ class RunningStats:
         made_of = rows.dtype
         rows = rows.to(device=self.abs_sum.device, dtype=torch.float32)
         self.tokens += rows.shape[0]
+        self.sum += rows.sum(dim=0)
         self.abs_sum += rows.abs().sum(dim=0)
         self.channel_low = torch.minimum(self.channel_low, rows.amin(dim=0))
         self.channel_high = torch.maximum(self.channel_high, rows.amax(dim=0))
@@ -123,6 +128,7 @@ class RunningStats:
     def merge_(self, other: "RunningStats") -> None:
         """Take in all that ``other`` saw: other samples, of the same layer."""
         self.tokens += other.tokens
+        self.sum += other.sum
         self.abs_sum += other.abs_sum
         self.channel_low = torch.minimum(self.channel_low, other.channel_low)
         self.channel_high = torch.maximum(self.channel_high, other.channel_high)
@@ -145,7 +151,9 @@ class RunningStats:
     @_normal_tensors
     def copy(self) -> "RunningStats":
         """The same sums in memory of their own."""
-        return replace(self, abs_sum=self.abs_sum.clone(), strips=[strip.clone() for strip in self.strips])
+        return replace(
+            self, sum=self.sum.clone(), abs_sum=self.abs_sum.clone(), strips=[strip.clone() for strip in self.strips]
+        )
 
     @_normal_tensors
     def stats(self) -> ActStats:
@@ -153,6 +161,7 @@ class RunningStats:
         return ActStats(
             channel_low=self.channel_low,
             channel_high=self.channel_high,
+            mean=(self.sum / self.tokens).to(torch.float32),
             mean_abs=(self.abs_sum / self.tokens).to(torch.float32),
             hessian=self._mean_hessian() if self.strips else None,
             sample=self.sample,
@@ -180,6 +189,7 @@ def no_stats(features: int, *, hessian: bool, sample_rows: int, device: torch.de
     return RunningStats(
         channel_low=torch.full((features,), torch.inf, device=device),
         channel_high=torch.full((features,), -torch.inf, device=device),
+        sum=torch.zeros(features, dtype=torch.float64, device=device),
         abs_sum=torch.zeros(features, dtype=torch.float64, device=device),
         strips=[
             torch.zeros(min(_STRIP, features - start), features - start, dtype=torch.float64, device=device)

@@ -18,6 +18,8 @@ def needs_calibration(recipe: Recipe) -> list[str]:
         reasons.append("quantizer (gptq: minimizes the error on real inputs)")
     elif recipe.quantizer.clip == "awq":
         reasons.append("quantizer (clip awq: ranges are searched on real inputs)")
+    if recipe.bias_correction:
+        reasons.append("bias_correction (needs the mean of real inputs)")
     return reasons
 
 

@@ -58,8 +58,19 @@ def _valid_pattern(pattern: str) -> str:
     return pattern
 
 
+def _alpha(value: object) -> float | str:
+    if value == "search":
+        return "search"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"must be a number from 0 to 1, or 'search', got {shown(value)}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"must be from 0 to 1, or 'search', got {shown(value)}")
+    return float(value)
+
+
 Name = Annotated[str, Field(min_length=1)]
 GroupSize = Annotated[int | Literal["channel", "tensor"], PlainValidator(_group_size)]
+Alpha = Annotated[float | Literal["search"], PlainValidator(_alpha)]
 RecipePath = Annotated[Path, Field(strict=False), AfterValidator(_anchored)]
 
 
@@ -138,21 +149,32 @@ class Rule(Section):
         return scheme.with_weight(**overrides) if overrides else scheme
 
 
-class SmoothQuant(Section):
-    """Move outliers from activations into weights: none of them at ``alpha`` 0, all at 1."""
+class _OfParts(Section):
+    """A transform: for all of the model, or only for the ``parts`` that it names."""
+
+    parts: Annotated[tuple[Name, ...] | None, Field(strict=False, min_length=1)] = None
+
+
+class SmoothQuant(_OfParts):
+    """Move outliers from activations into weights: none of them at ``alpha`` 0, all at 1; ``search`` for each fold."""
 
     kind: Literal["smoothquant"] = "smoothquant"
-    alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+    alpha: Alpha = 0.5
 
 
-class Awq(Section):
-    """Scale up the columns that matter most before rounding; ``grid`` strengths are tried."""
+class Awq(_OfParts):
+    """Scale up the columns that matter most before rounding; ``grid`` strengths are tried.
+
+    Attributes:
+        duo: try as many scales that also shrink columns with large weights.
+    """
 
     kind: Literal["awq"] = "awq"
     grid: PositiveInt = 20
+    duo: bool = False
 
 
-class LayerScale(Section):
+class LayerScale(_OfParts):
     """Multiply the factors of LayerScales (DINOv2) into the Linears before them."""
 
     kind: Literal["layerscale"] = "layerscale"
@@ -290,6 +312,7 @@ class Recipe(Section):
         output: directory to write.
         rules: the first that matches a layer decides; a layer that none matches stays float.
         transforms: done in this order, before the quantizer.
+        bias_correction: let the bias of a layer that has one take what rounding its weight shifts on average.
         propagate: what later layers see of earlier ones while they are calibrated: their quantized or float output.
         calibration: data; can be left out if nothing needs it or samples come from Python.
     """
@@ -301,6 +324,7 @@ class Recipe(Section):
     on_indivisible: OnIndivisible = "error"
     transforms: Annotated[tuple[Transform, ...], Field(strict=False)] = ()
     quantizer: Quantizer = Rtn()
+    bias_correction: bool = False
     propagate: Literal["quantized", "float"] = "quantized"
     calibration: Calibration | None = None
     seed: Annotated[int, Field(ge=0)] = 0
