@@ -54,6 +54,15 @@ def naive_output_error(delta: Tensor, x: Tensor) -> float:
     return math.fsum(float((delta.double() @ token).square().sum()) for token in x.double()) / len(x)
 
 
+def naive_full_range(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of all values; symmetric, the largest one gets the code that reaches furthest."""
+    scale, zero = qparams(values.min(), values.max(), spec, torch.float32)
+    if spec.symmetric and spec.bits < 8:
+        largest = max(values.flatten().tolist(), key=lambda value: (abs(value), -value))
+        scale = torch.tensor(largest / spec.qmin if largest else 2.0**-126)
+    return scale, zero
+
+
 def naive_rtn(weight: Tensor, spec: QuantSpec) -> list[list[int]]:
     """Codes [n][k] for min-max ranges and scales stored in float32, one value at a time."""
     n, k = weight.shape
@@ -63,7 +72,7 @@ def naive_rtn(weight: Tensor, spec: QuantSpec) -> list[list[int]]:
         for column in range(k):
             start = column // size * size
             same_scale = weight if spec.granularity is Granularity.TENSOR else weight[row, start : start + size]
-            scale, zero = qparams(same_scale.min(), same_scale.max(), spec, torch.float32)
+            scale, zero = naive_full_range(same_scale, spec)
             code = round(float(weight[row, column] / scale + zero))
             codes[row][column] = min(max(code, spec.qmin), spec.qmax)
     return codes
@@ -169,9 +178,11 @@ def naive_clip(weight: Tensor, x: Tensor, spec: QuantSpec, ratios: Sequence[floa
             columns = slice(start, start + size)
             w = weight[row, columns]
             best = math.inf
+            ranges = [naive_full_range(w, spec)]
             for ratio, sign in itertools.product(ratios, (1, -1) if spec.symmetric and spec.bits < 8 else (1,)):
                 scale, zero = qparams(w.min() * ratio, w.max() * ratio, spec, torch.float32)
-                scale *= sign
+                ranges.append((sign * scale, zero))
+            for scale, zero in ranges:
                 candidate = (torch.round(w / scale + zero).clamp(spec.qmin, spec.qmax) - zero) * scale
                 error = float((x[:, columns].double() @ (candidate - w).double()).square().mean())
                 if error < best:

@@ -187,7 +187,10 @@ GOOD = "rules: [{part: language, scheme: w4a16}]\n"
             f"{GOOD}quantizer: {{kind: gptq, clip: mze}}",
             "quantizer.clip: must be one of minmax, mse, awq, got 'mze'; did you mean 'mse'?",
         ),
-        (f"{GOOD}quantizer: {{kind: rtn, damp: 0.1}}", "quantizer.damp: unknown key; legal keys here: kind, clip"),
+        (
+            f"{GOOD}quantizer: {{kind: rtn, damp: 0.1}}",
+            "quantizer.damp: unknown key; legal keys here: kind, clip, refit",
+        ),
         (f"{GOOD}calibration: {{kind: text}}", "recipe.yaml:2: calibration.path: missing"),
         (
             f"{GOOD}calibration: {{kind: episodes, path: a, sequence_length: 2}}",
@@ -300,6 +303,7 @@ def test_schemes_of_rules():
             ["transforms[0] (awq", "transforms[1] (smoothquant"],
         ),
         ({"rules": [RULE, {"part": "b", "scheme": "w8a8_static"}]}, ["rules[1] (w8a8_static"]),
+        ({"quantizer": {"kind": "rtn", "refit": True}}, ["quantizer (refit"]),
         ({"bias_correction": True}, ["bias_correction (needs"]),
     ],
 )

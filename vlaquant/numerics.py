@@ -129,10 +129,29 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Te
     return codes.mul_(scale)
 
 
+def full_range(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for weights in [low, high]; unlike :func:`qparams` it may turn the codes around.
+
+    Symmetric codes reach one further down than up: with 2 bits from -2·S to S. So the value of the largest magnitude
+    gets the code qmin, S = max|w| / qmin with its sign, which makes S smaller by 2^-b and negative where that value is
+    positive (as in llama.cpp's Q4_0 and auto-round's full range). Values on the other side beyond qmax·S are clipped.
+    With 8 bits there is no such side.
+    """
+    scale, zero = qparams(low, high, spec, dtype)
+    if not _turns(spec):
+        return scale, zero
+    scale = _storable(torch.maximum(-low, high).to(torch.float32) / -spec.qmin, dtype)
+    return torch.where(high > -low, -scale, scale), zero
+
+
+def _turns(spec: QuantSpec) -> bool:
+    return spec.symmetric and spec.qmin + spec.qmax < 0
+
+
 def minmax_observer(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The full range: nothing is clipped."""
+    """The full range, of :func:`full_range`."""
     low, high = min_max(groups)
-    return qparams(low, high, spec, dtype)
+    return full_range(low, high, spec, dtype)
 
 
 def mse_observer(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -148,15 +167,12 @@ def mse_observer(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[T
 def shrunken_ranges(
     low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype, ratios: Sequence[float]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scale and zero point for shares of the ranges [low, high].
-
-    Symmetric codes reach one further down than up: with 2 bits from -2·S to S. Which side of the range is the longer
-    one differs between groups, so that each share comes twice, with S and with -S.
-    """
+    """Scale and zero point for the full range, and then for shares of [low, high], in both directions of the codes."""
+    yield full_range(low, high, spec, dtype)
     for ratio in ratios:
         scale, zero = qparams(low * ratio, high * ratio, spec, dtype)
         yield scale, zero
-        if spec.symmetric and spec.qmin + spec.qmax < 0:
+        if _turns(spec):
             yield -scale, zero
 
 

@@ -185,17 +185,20 @@ class Rtn(Section):
 
     Attributes:
         clip: a group's range: all of it, or searched for the least error on weights (``mse``) or outputs (``awq``).
+        refit: fit the scales once more when the codes are known, for the least error on outputs.
     """
 
     kind: Literal["rtn"] = "rtn"
     clip: Literal["minmax", "mse", "awq"] = "minmax"
+    refit: bool = False
 
 
 class Gptq(Section):
     """Round column by column and let the columns that are left make up for the error.
 
     Attributes:
-        clip: as for rtn.
+        clip: as for rtn. The full range is best: columns that make up for others need room.
+        refit: as for rtn.
         damp: share of the Hessian's mean diagonal that is added to the diagonal.
         block_size: columns that are corrected together; changes speed, not the result.
         act_order: begin with the columns that see the largest activations.
@@ -203,6 +206,7 @@ class Gptq(Section):
 
     kind: Literal["gptq"] = "gptq"
     clip: Literal["minmax", "mse", "awq"] = "minmax"
+    refit: bool = False
     damp: float = Field(default=0.01, gt=0.0, le=1.0)
     block_size: PositiveInt = 128
     act_order: bool = True
