@@ -1,6 +1,7 @@
 """Naive, obviously right versions of the algorithms, in float64 and with loops; and a way to break the real ones."""
 
 import inspect
+import itertools
 import math
 import types
 from collections.abc import Callable, Sequence
@@ -53,6 +54,15 @@ def naive_output_error(delta: Tensor, x: Tensor) -> float:
     return math.fsum(float((delta.double() @ token).square().sum()) for token in x.double()) / len(x)
 
 
+def naive_full_range(values: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of all values; symmetric, the largest one gets the code that reaches furthest."""
+    scale, zero = qparams(values.min(), values.max(), spec, torch.float32)
+    if spec.symmetric and spec.bits < 8:
+        largest = max(values.flatten().tolist(), key=lambda value: (abs(value), -value))
+        scale = torch.tensor(largest / spec.qmin if largest else 2.0**-126)
+    return scale, zero
+
+
 def naive_rtn(weight: Tensor, spec: QuantSpec) -> list[list[int]]:
     """Codes [n][k] for min-max ranges and scales stored in float32, one value at a time."""
     n, k = weight.shape
@@ -62,7 +72,7 @@ def naive_rtn(weight: Tensor, spec: QuantSpec) -> list[list[int]]:
         for column in range(k):
             start = column // size * size
             same_scale = weight if spec.granularity is Granularity.TENSOR else weight[row, start : start + size]
-            scale, zero = qparams(same_scale.min(), same_scale.max(), spec, torch.float32)
+            scale, zero = naive_full_range(same_scale, spec)
             code = round(float(weight[row, column] / scale + zero))
             codes[row][column] = min(max(code, spec.qmin), spec.qmax)
     return codes
@@ -161,16 +171,35 @@ def naive_smooth_scale(act_absmax: Tensor, weights: Sequence[Tensor], alpha: flo
     return scales
 
 
-def naive_awq_scales(x: Tensor, grid: int) -> list[list[float]]:
-    """The scale [k] for each ratio of the grid, from the tokens ``x`` [t, k] themselves."""
+def naive_awq_scales(x: Tensor, grid: int, mean_weight: Sequence[float] | None = None) -> list[list[float]]:
+    """The scale [k] for each ratio of the grid, from the tokens ``x`` [t, k] themselves; with weights, the duo ones."""
     mean_abs = x.double().abs().mean(dim=0).tolist()
     scales = []
     for step in range(grid):
-        raw = [value ** (step / grid) if value > 0 else None for value in mean_abs]
+        ratio = step / grid
+        raw = [value**ratio if value > 0 else None for value in mean_abs]
+        if mean_weight is not None:
+            raw = [
+                None if value is None else value / (weight ** (1 - ratio) + 1e-4)
+                for value, weight in zip(raw, mean_weight, strict=True)
+            ]
         live = [value for value in raw if value is not None]
         middle = math.sqrt(max(live) * min(live))
         scales.append([1.0 if value is None else value / middle for value in raw])
     return scales
+
+
+def naive_mean_weight(weights: Sequence[Tensor], spec: QuantSpec) -> list[float]:
+    """Mean of |w| / (the largest |w| that shares its scale) over the rows of all weights, one value at a time."""
+    k = weights[0].shape[1]
+    totals, size = [0.0] * k, spec.group_size or k
+    for weight in weights:
+        for row in weight:
+            for j in range(k):
+                start = j // size * size
+                alike = weight if spec.granularity is Granularity.TENSOR else row[start : start + size]
+                totals[j] += float(row[j].abs() / alike.abs().max())
+    return [total / sum(len(weight) for weight in weights) for total in totals]
 
 
 def naive_awq_loss(weights: Sequence[Tensor], x: Tensor, quantize: Callable[[Tensor], Tensor], scale: Tensor) -> float:
@@ -188,8 +217,11 @@ def naive_clip(weight: Tensor, x: Tensor, spec: QuantSpec, ratios: Sequence[floa
             columns = slice(start, start + size)
             w = weight[row, columns]
             best = math.inf
-            for ratio in ratios:
+            ranges = [naive_full_range(w, spec)]
+            for ratio, sign in itertools.product(ratios, (1, -1) if spec.symmetric and spec.bits < 8 else (1,)):
                 scale, zero = qparams(w.min() * ratio, w.max() * ratio, spec, torch.float32)
+                ranges.append((sign * scale, zero))
+            for scale, zero in ranges:
                 candidate = (torch.round(w / scale + zero).clamp(spec.qmin, spec.qmax) - zero) * scale
                 error = float((x[:, columns].double() @ (candidate - w).double()).square().mean())
                 if error < best:
@@ -207,6 +239,7 @@ def naive_statistics(x: Tensor) -> dict[str, Tensor]:
         "absmax": x.abs().amax(dim=0),
         "low": x.min(),
         "high": x.max(),
+        "mean": x.mean(dim=0),
         "mean_abs": x.abs().mean(dim=0),
         "hessian": naive_hessian(x),
     }

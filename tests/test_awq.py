@@ -11,6 +11,7 @@ from oracles import (
     naive_awq_scales,
     naive_clip,
     naive_hessian,
+    naive_mean_weight,
     naive_output_error,
     random_weight,
 )
@@ -20,10 +21,12 @@ from vlaquant.calibrate.statistics import ActStats, no_stats, row_keys
 from vlaquant.errors import CalibrationError
 from vlaquant.passes import awq as real
 from vlaquant.passes import loss as real_loss
+from vlaquant.passes import search as real_search
 from vlaquant.passes.awq import awq_clip, awq_scales, hessian_observer
 from vlaquant.passes.gptq import gptq
 from vlaquant.passes.loss import output_loss, weight_loss
 from vlaquant.passes.rtn import round_to_nearest
+from vlaquant.passes.search import best_scale
 from vlaquant.scheme import Granularity, QuantSpec
 
 GROUPED = [
@@ -45,7 +48,15 @@ def rounding(spec: QuantSpec):
     return quantize
 
 
-def search(weights: list[Tensor], stats: ActStats, quantize, *, grid: int = 20, module: types.ModuleType = real):
+def search(
+    weights: list[Tensor],
+    stats: ActStats,
+    quantize,
+    *,
+    grid: int = 20,
+    module: types.ModuleType = real,
+    chooser: types.ModuleType = real_search,
+):
     """AWQ's search with the error of rounded weights, as the pipeline calls it for weight-only schemes."""
     hessian = stats.hessian
     assert hessian is not None
@@ -53,7 +64,7 @@ def search(weights: list[Tensor], stats: ActStats, quantize, *, grid: int = 20, 
     def loss(scale: Tensor) -> float:
         return sum((weight_loss(quantize(w * scale) / scale - w, hessian) for w in weights), 0.0)
 
-    return module.awq_scale(stats.mean_abs, loss, grid=grid)
+    return chooser.best_scale(module.awq_scales(stats.mean_abs, grid), loss)
 
 
 def check_weight_loss(module: types.ModuleType) -> None:
@@ -75,7 +86,7 @@ def check_output_loss(module: types.ModuleType) -> None:
     assert module.output_loss(x, weight, rounded_x, rounded) == pytest.approx(wanted, rel=1e-4)
 
 
-def check_scale(module: types.ModuleType, spec: QuantSpec, seed: int) -> None:
+def check_scale(module: types.ModuleType, spec: QuantSpec, seed: int, chooser: types.ModuleType = real_search) -> None:
     """The same loss and scale as a search that runs every token through the layers."""
     x = correlated_inputs(60, 64, seed)
     x[:, 9] = 0.0
@@ -86,11 +97,11 @@ def check_scale(module: types.ModuleType, spec: QuantSpec, seed: int) -> None:
         torch.testing.assert_close(scale, torch.tensor(wanted), rtol=1e-4, atol=0.0)
     # At the same scales to the last bit: the largest value of a symmetric group lies halfway between two codes.
     losses = [naive_awq_loss(weights, x, rounding(spec), scale) for _, scale in candidates]
-    result = search(weights, stats_of(x), rounding(spec), grid=8, module=module)
+    result = search(weights, stats_of(x), rounding(spec), grid=8, module=module, chooser=chooser)
     assert result.loss_rtn == pytest.approx(losses[0], rel=1e-3)
     assert result.loss == pytest.approx(min(losses), rel=1e-3)
     # Two ratios may be equally good, so the naive loss of the chosen one decides.
-    assert losses[round(result.ratio * 8)] == pytest.approx(min(losses), rel=1e-3)
+    assert losses[round(result.strength * 8)] == pytest.approx(min(losses), rel=1e-3)
 
 
 def check_clip(module: types.ModuleType, spec: QuantSpec, seed: int) -> None:
@@ -153,14 +164,55 @@ def test_scale_matches_naive_search(spec: QuantSpec) -> None:
     ("old", "new"),
     [
         ("scale / (low * high).sqrt()", "scale / (low * high)"),
-        ("mean_abs.pow(step / grid)", "mean_abs.pow(-step / grid)"),
+        (".pow(step / grid)", ".pow(-step / grid)"),
         ("scale[active].aminmax()", "scale.aminmax()"),
-        ("min(tried", "max(tried"),
     ],
 )
-def test_oracle_notices_a_broken_search(old: str, new: str) -> None:
+def test_oracle_notices_broken_scales(old: str, new: str) -> None:
     with pytest.raises(AssertionError):
         check_scale(mutant(real, old, new), GROUPED[0], 0)
+
+
+def test_oracle_notices_a_broken_search() -> None:
+    with pytest.raises(AssertionError):
+        check_scale(real, GROUPED[0], 0, chooser=mutant(real_search, "min(tried", "max(tried"))
+
+
+def check_duo(module: types.ModuleType, spec: QuantSpec) -> None:
+    """The plain candidates, and after them as many that are also divided by a power of the mean weight."""
+    x = correlated_inputs(60, 64, seed=3)
+    x[:, 9] = 0.0
+    weights = [random_weight(n, 64, seed=n) for n in (5, 12)]
+    mean = module.mean_weight(weights, [spec] * 2)
+    torch.testing.assert_close(mean, torch.tensor(naive_mean_weight(weights, spec)), rtol=1e-5, atol=0.0)
+    mean_abs = stats_of(x).mean_abs
+    plain, both = module.awq_scales(mean_abs, 8), module.awq_scales(mean_abs, 8, mean_weight=mean)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(plain, both, strict=False))
+    assert [ratio for ratio, _ in both[8:]] == [step / 8 for step in range(8)]
+    for (_, scale), wanted in zip(both[8:], naive_awq_scales(x, 8, mean.tolist()), strict=True):
+        torch.testing.assert_close(scale, torch.tensor(wanted), rtol=1e-4, atol=0.0)
+
+
+DUO = [GROUPED[0], *(QuantSpec(bits=4, granularity=g) for g in (Granularity.CHANNEL, Granularity.TENSOR))]
+
+
+@pytest.mark.parametrize("spec", DUO, ids=str)
+def test_duo_scales_match_the_formula(spec: QuantSpec) -> None:
+    check_duo(real, spec)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("by.pow(1.0 - step / grid)", "by.pow(step / grid)"),
+        ("groups.amax(dim=-1, keepdim=True)", "groups.amax()"),
+        ("sum(len(weight) for weight in weights)", "len(weights)"),
+        ("share.reshape(weight.shape).sum(dim=0)", "share.reshape(weight.shape).amax(dim=0)"),
+    ],
+)
+def test_oracle_notices_broken_duo_scales(old: str, new: str) -> None:
+    with pytest.raises(AssertionError):
+        check_duo(mutant(real, old, new), DUO[0])
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -171,7 +223,7 @@ def test_scale_beats_rounding(bits: int, group_size: int | None) -> None:
     for seed in range(4):
         result = search([random_weight(32, 128, seed)], stats_of(correlated_inputs(256, 128, seed)), rounding(spec))
         assert result.loss < 0.85 * result.loss_rtn
-        assert result.ratio > 0.0
+        assert result.strength > 0.0
 
 
 def test_no_scale_where_none_helps() -> None:
@@ -183,14 +235,14 @@ def test_no_scale_where_none_helps() -> None:
 
     original = random_weight(4, 16, seed=0)
     result = search([original], stats, quantize)
-    assert (result.ratio, result.loss, result.loss_rtn) == (0.0, 0.0, 0.0)
+    assert (result.strength, result.loss, result.loss_rtn) == (0.0, 0.0, 0.0)
     assert torch.equal(result.scale, torch.ones(16))
 
 
 def test_losses_that_are_not_finite_never_win() -> None:
     stats, original = stats_of(correlated_inputs(64, 16, seed=0)), random_weight(4, 16, seed=0)
     result = search([original], stats, lambda w: w + 1 if torch.equal(w, original) else w * torch.nan)
-    assert result.ratio == 0.0
+    assert result.strength == 0.0
     with pytest.raises(CalibrationError, match="without a scale is nan"):
         search([original], stats, lambda w: w * torch.nan)
 
@@ -204,19 +256,19 @@ def test_estimate_chooses_and_loss_decides() -> None:
 
     candidates = awq_scales(mean_abs, 20)
     good = candidates[7][1]
-    whole = real.awq_scale(mean_abs, loss)
-    assert (whole.ratio, whole.loss) == (0.35, 1.0)
+    whole = best_scale(candidates, loss)
+    assert (whole.strength, whole.loss) == (0.35, 1.0)
     calls.clear()
-    quick = real.awq_scale(mean_abs, loss, estimate=lambda scale: 100.0 * float((scale - good).abs().max()))
+    quick = best_scale(candidates, loss, estimate=lambda scale: 100.0 * float((scale - good).abs().max()))
     assert len(calls) == 4
-    assert (quick.ratio, quick.loss, quick.loss_rtn) == (whole.ratio, whole.loss, whole.loss_rtn)
+    assert (quick.strength, quick.loss, quick.loss_rtn) == (whole.strength, whole.loss, whole.loss_rtn)
     assert torch.equal(quick.scale, good)
-    nearly = real.awq_scale(mean_abs, loss, estimate=lambda scale: float((scale - candidates[8][1]).abs().max()))
-    assert nearly.ratio == whole.ratio
-    misled = real.awq_scale(mean_abs, loss, estimate=lambda scale: -float((scale - good).abs().max()))
+    nearly = best_scale(candidates, loss, estimate=lambda scale: float((scale - candidates[8][1]).abs().max()))
+    assert nearly.strength == whole.strength
+    misled = best_scale(candidates, loss, estimate=lambda scale: -float((scale - good).abs().max()))
     assert misled.loss <= misled.loss_rtn == whole.loss_rtn
-    spoilt = real.awq_scale(mean_abs, loss, estimate=lambda scale: 0.0 if torch.equal(scale, good) else float("nan"))
-    assert spoilt.ratio == whole.ratio
+    spoilt = best_scale(candidates, loss, estimate=lambda scale: 0.0 if torch.equal(scale, good) else float("nan"))
+    assert spoilt.strength == whole.strength
 
 
 def test_dead_input_gets_no_scale() -> None:
@@ -238,8 +290,8 @@ def test_clip_matches_naive_search(spec: QuantSpec) -> None:
         ("diagonal(dim1=0, dim2=2).permute(2, 0, 1)", "permute(0, 2, 1, 3)[0]"),
         ("(delta @ blocks).mul_(delta)", "delta.square()"),
         ("groups.to(torch.float32).transpose(0, 1)", "groups.to(torch.float32).flip(1).transpose(0, 1)"),
-        ("better = error < best", "better = error > best"),
         ("1.0 - step * _CLIP_STEP", "1.0 + step * _CLIP_STEP"),
+        ("spec, dtype, ratios)", "spec, dtype, ratios[:1])"),
     ],
 )
 def test_oracle_notices_a_broken_clip(old: str, new: str) -> None:

@@ -24,13 +24,16 @@ W4A16_G32 = PRESETS["w4a16"].with_weight(group_size=32)
 def layer_of(
     scheme: Scheme, n: int, k: int, *, bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> QuantLinear:
-    """A layer with random weight; static activations get an off-centre range."""
+    """A layer with random weight and scales of both signs; static activations get an off-centre range."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, k, generator=generator) * 0.05 + 0.01
+    quantized = quantize_weight(weight, scheme.weight, scale_dtype=dtype)
+    if scheme.weight.symmetric:
+        quantized.scale[::3] *= -1.0
     activation = scheme.activation
     static = activation is not None and not activation.dynamic
     return from_quantized(
-        quantize_weight(weight, scheme.weight, scale_dtype=dtype),
+        quantized,
         scheme,
         torch.randn(n, generator=generator) if bias else None,
         dtype=dtype,
@@ -81,7 +84,7 @@ def with_powers_of_two(layer: QuantLinear) -> QuantLinear:
     """The same codes with scales that multiply without rounding, so that equality can be asked for."""
     state = layer.state_dict()
     for name in {"weight_scale", "input_scale"} & set(state):
-        state[name] = torch.exp2(torch.log2(state[name]).round())
+        state[name] = state[name].sign() * torch.exp2(torch.log2(state[name].abs()).round())
     if "bias" in state:
         state["bias"] = state["bias"].round()
     layer.load_state_dict(state)

@@ -32,6 +32,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "gptq in order": Gptq(act_order=False),
     "gptq mse": Gptq(clip="mse"),
     "gptq awq": Gptq(clip="awq"),
+    "gptq refit": Gptq(refit=True),
     "rtn": Rtn(),
     "rtn mse": Rtn(clip="mse"),
     "rtn awq": Rtn(clip="awq"),

@@ -76,7 +76,7 @@ def check_half_step(weight: Tensor, quantized: QuantizedWeight) -> None:
     position = torch.round(weight / scale) + zero
     unclipped = (position >= quantized.spec.qmin) & (position <= quantized.spec.qmax)
     error = (quantized.dequantize() - weight).abs()
-    assert (error <= scale / 2 + 1e-6 * weight.abs())[unclipped].all()
+    assert (error <= scale.abs() / 2 + 1e-6 * weight.abs())[unclipped].all()
 
 
 def oracle(weight: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[list[list[int]], list[list[float]]]:
@@ -94,11 +94,14 @@ def oracle(weight: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[list[li
             group = row[start : start + size]
             low, high = min(np.float32(0), group.min()), max(np.float32(0), group.max())
             steps = np.float32(spec.qmax - spec.qmin)
-            exact = max(-low, high) / (steps / 2) if spec.symmetric else (high - low) / steps
+            turns = spec.symmetric and spec.bits < 8
+            largest = max(-low, high) / np.float32(-spec.qmin if turns else steps / 2)
+            exact = largest if spec.symmetric else (high - low) / steps
             scale = np.float32(torch.tensor(exact).to(dtype).item())
             if scale == 0:
                 tiny = torch.finfo(torch.float32).tiny if dtype != torch.float16 else 2.0**-24
                 scale = np.float32(tiny)
+            scale *= np.float32(-1.0 if turns and high > -low else 1.0)
             zero = 0 if spec.symmetric else min(max(round(float(spec.qmin - low / scale)), spec.qmin), spec.qmax)
             codes[-1] += [min(max(round(float(value / scale)) + zero, spec.qmin), spec.qmax) for value in group]
             scales[-1].append(float(scale))
@@ -146,7 +149,7 @@ def test_bounds(weight: Tensor, spec: QuantSpec, dtype: torch.dtype, observer: s
     assert (quantized.zero is None) == spec.symmetric
     assert quantized.codes.min() >= spec.qmin
     assert quantized.codes.max() <= spec.qmax
-    assert (quantized.scale > 0).all()
+    assert (quantized.scale != 0).all()
     assert torch.isfinite(float_weight).all()
     assert (float_weight[weight == 0] == 0).all()
     check_half_step(weight, quantized)
@@ -154,11 +157,12 @@ def test_bounds(weight: Tensor, spec: QuantSpec, dtype: torch.dtype, observer: s
 
 @settings(max_examples=100)
 @given(weight=weights(), spec=specs)
-def test_minmax_clips_at_most_a_rounding(weight: Tensor, spec: QuantSpec) -> None:
-    """With the full range, clamping costs no more than half a step, but for the rounding of zero point and scale."""
+def test_minmax_clips_at_most_a_step(weight: Tensor, spec: QuantSpec) -> None:
+    """With the full range, clamping costs no more than a step: half of it for rounding, half for the shorter side."""
     quantized = quantize_weight(weight, spec, scale_dtype=torch.float32)
     scale, _ = expanded(quantized)
-    assert ((quantized.dequantize() - weight).abs() <= scale * (0.5 if spec.symmetric else 1.0) * 1.001).all()
+    steps = 0.5 if spec.symmetric and spec.bits == 8 else 1.0
+    assert ((quantized.dequantize() - weight).abs() <= scale.abs() * steps * 1.001).all()
 
 
 def test_shapes_per_granularity() -> None:
@@ -187,7 +191,7 @@ def test_all_zero_row(dtype: torch.dtype, symmetric: bool) -> None:  # noqa: FBT
     weight = torch.zeros(2, 16)
     weight[1] = 1.0
     quantized = quantize_weight(weight, spec_of(4, symmetric=symmetric), scale_dtype=dtype)
-    assert (quantized.scale > 0).all()
+    assert (quantized.scale != 0).all()
     assert (quantized.dequantize()[0] == 0).all()
 
 

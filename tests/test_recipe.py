@@ -171,14 +171,16 @@ GOOD = "rules: [{part: language, scheme: w4a16}]\n"
         ),
         (
             f"{GOOD}transforms:\n- kind: awq\n  gird: 2",
-            "recipe.yaml:4: transforms[0].gird: unknown key; legal keys here: kind, grid; did you mean 'grid'?",
+            "recipe.yaml:4: transforms[0].gird: unknown key; legal keys here: parts, kind, grid, duo; did you mean",
         ),
         (f"{GOOD}transforms: [{{kind: awq, grid: 0}}]", "transforms[0].grid: must be greater than 0, got 0"),
-        (f"{GOOD}transforms: [{{kind: smoothquant, alpha: 2}}]", "alpha: must be less than or equal to 1, got 2"),
+        (f"{GOOD}transforms: [{{kind: smoothquant, alpha: 2}}]", "alpha: must be from 0 to 1, or 'search', got 2"),
         (
             f"{GOOD}transforms: [{{kind: smoothquant, alpha: .nan}}]",
-            "alpha: must be less than or equal to 1, got nan",
+            "alpha: must be from 0 to 1, or 'search', got nan",
         ),
+        (f"{GOOD}transforms: [{{kind: awq, parts: []}}]", "transforms[0].parts: "),
+        (f"{GOOD}transforms: [{{kind: awq, parts: a}}]", "transforms[0].parts: must be a list, got 'a'"),
         (f"{GOOD}quantizer: {{kind: gptq, damp: much}}", "quantizer.damp: must be a number, got 'much'"),
         (f"{GOOD}quantizer: {{kind: gptq, act_order: 1}}", "quantizer.act_order: must be true or false, got 1"),
         (
@@ -188,7 +190,12 @@ GOOD = "rules: [{part: language, scheme: w4a16}]\n"
         (f"{GOOD}quantizer: {{kind: gptaq, alpha: 1.5}}", "alpha: must be less than or equal to 1, got 1.5"),
         (f"{GOOD}quantizer: {{kind: gptq, alpha: 0.5}}", "quantizer.alpha: unknown key"),
         (f"{GOOD}propagate: float\nquantizer: {{kind: gptaq}}", "use gptq, or 'propagate: quantized'"),
-        (f"{GOOD}quantizer: {{kind: rtn, damp: 0.1}}", "quantizer.damp: unknown key; legal keys here: kind, clip"),
+        (f"{GOOD}quantizer: {{kind: gptaq, refit: true}}", "gptaq does not go with 'refit'"),
+        (f"{GOOD}bias_correction: true\nquantizer: {{kind: gptaq}}", "gptaq does not go with 'bias_correction'"),
+        (
+            f"{GOOD}quantizer: {{kind: rtn, damp: 0.1}}",
+            "quantizer.damp: unknown key; legal keys here: kind, clip, refit",
+        ),
         (f"{GOOD}calibration: {{kind: text}}", "recipe.yaml:2: calibration.path: missing"),
         (
             f"{GOOD}calibration: {{kind: episodes, path: a, sequence_length: 2}}",
@@ -302,6 +309,8 @@ def test_schemes_of_rules():
             ["transforms[0] (awq", "transforms[1] (smoothquant"],
         ),
         ({"rules": [RULE, {"part": "b", "scheme": "w8a8_static"}]}, ["rules[1] (w8a8_static"]),
+        ({"quantizer": {"kind": "rtn", "refit": True}}, ["quantizer (refit"]),
+        ({"bias_correction": True}, ["bias_correction (needs"]),
     ],
 )
 def test_what_needs_data(changes, reasons):
@@ -336,8 +345,10 @@ def rules():
 
 
 def recipes():
-    awq = st.fixed_dictionaries({"kind": st.just("awq")}, optional={"grid": st.integers(1, 99)})
-    smooth = st.fixed_dictionaries({"kind": st.just("smoothquant")}, optional={"alpha": st.floats(0, 1)})
+    awq = st.fixed_dictionaries({"kind": st.just("awq")}, optional={"grid": st.integers(1, 99), "duo": st.booleans()})
+    smooth = st.fixed_dictionaries(
+        {"kind": st.just("smoothquant")}, optional={"alpha": st.floats(0, 1) | st.just("search")}
+    )
     rtn = st.fixed_dictionaries({"kind": st.just("rtn")}, optional={"clip": st.sampled_from(["minmax", "mse", "awq"])})
     gptq = st.fixed_dictionaries(
         {"kind": st.just("gptq")}, optional={"damp": st.floats(1e-6, 1), "act_order": st.booleans()}
@@ -348,7 +359,8 @@ def recipes():
         {"rules": st.lists(rules(), min_size=1, max_size=3)},
         optional={
             "transforms": st.lists(awq | smooth, max_size=2),
-            "quantizer": rtn | gptq | gptaq,
+            "quantizer": rtn | gptq,
+            "bias_correction": st.booleans(),
             "calibration": data,
             "seed": st.integers(0, 2**31),
         },

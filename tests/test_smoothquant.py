@@ -42,6 +42,31 @@ def test_formula_notices_a_broken_copy(old: str, new: str) -> None:
         check_formula(mutant(real, old, new), 0.7)
 
 
+def check_candidates(module: types.ModuleType) -> None:
+    absmax, weights = (
+        correlated_inputs(64, 20, seed=0).abs().amax(dim=0),
+        [random_weight(n, 20, seed=n) for n in (3, 8)],
+    )
+    (none, ones), *others = module.smooth_scales(absmax, weights, 4)
+    assert none == 0.0
+    assert torch.equal(ones, torch.ones(20))
+    assert [alpha for alpha, _ in others] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    for alpha, scale in others:
+        torch.testing.assert_close(scale, torch.tensor(naive_smooth_scale(absmax, weights, alpha)))
+
+
+def test_candidates_are_no_scale_and_every_alpha() -> None:
+    check_candidates(real)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("range(grid + 1)", "range(grid)"), ("torch.ones_like(activation)", "activation")]
+)
+def test_formula_notices_broken_candidates(old: str, new: str) -> None:
+    with pytest.raises(AssertionError):
+        check_candidates(mutant(real, old, new))
+
+
 def test_one_half_gives_both_sides_the_same_range() -> None:
     x, weight = correlated_inputs(64, 20, seed=1), random_weight(8, 20, seed=1)
     scale = smooth_scale(x.abs().amax(dim=0), [weight], 0.5)

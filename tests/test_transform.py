@@ -25,7 +25,11 @@ SCHEMES = {
     "w8a8": PRESETS["w8a8"],
     "w8a8_static": PRESETS["w8a8_static"],
 }
-TRANSFORMS: dict[str, Transform] = {"awq": Awq(grid=8), "smoothquant": SmoothQuant(alpha=0.5)}
+TRANSFORMS: dict[str, Transform] = {
+    "awq": Awq(grid=8),
+    "smoothquant": SmoothQuant(alpha=0.5),
+    "search": SmoothQuant(alpha="search"),
+}
 #: ``b`` and ``c`` read ``norm``; ``d`` reads ``c``.
 NORM, LINEAR = FoldGroup("norm", ("b", "c")), FoldGroup("c", ("d",))
 
@@ -107,6 +111,8 @@ def naive_best(works: dict[str, Work], group: FoldGroup, kind: str) -> float:
     stats, weights = works[group.targets[0]].stats, [works[name].weight for name in group.targets]
     assert stats is not None
     scales = [smooth_scale(stats.absmax, weights, 0.5)]
+    if kind == "search":
+        scales = [torch.ones(()), *(smooth_scale(stats.absmax, weights, step / 20) for step in range(21))]
     if kind == "awq":
         scales = [scale for _, scale in awq_scales(stats.mean_abs, grid=8)]
     return min(naive_loss(works, group, scale) for scale in scales)
@@ -119,7 +125,7 @@ def check(module: types.ModuleType, scheme: str, kind: str, group: FoldGroup) ->
     record = module.transform_group_(model, group, works, TRANSFORMS[kind])
     assert record.loss_before == pytest.approx(loss, rel=1e-3)
     assert record.loss_after == pytest.approx(best, rel=1e-3)
-    assert (record.kind, record.source, record.targets) == (kind, group.source, group.targets)
+    assert (record.kind, record.source, record.targets) == (TRANSFORMS[kind].kind, group.source, group.targets)
     assert record.kept == (record.loss_after < record.loss_before)
     assert record.reverted is None
     after = outputs(model, works, x)
@@ -143,7 +149,7 @@ def test_record_and_function(scheme: str, kind: str, group: FoldGroup) -> None:
         ("(stats.sample / scale, work.scheme", "(stats.sample, work.scheme", "w8a8", NORM),
         ("(stats.channel_high / scale).max()", "stats.high", "w8a8_static", NORM),
         ("min_max(x)", "x.aminmax()", "w8a8", NORM),
-        ("kept = after < before", "kept = after > before", "w4a16", LINEAR),
+        ("kept = best.loss < best.loss_rtn", "kept = best.loss > best.loss_rtn", "w4a16", LINEAR),
     ],
 )
 def test_check_notices_a_broken_copy(old: str, new: str, scheme: str, group: FoldGroup) -> None:
@@ -167,7 +173,9 @@ def test_check_notices_a_broken_fold(old: str, new: str, group: FoldGroup, monke
         check(real, "w4a16", "awq", group)
 
 
-@pytest.mark.parametrize(("scheme", "kind"), [("w4a16", "awq"), ("w8a8_static", "smoothquant")])
+@pytest.mark.parametrize(
+    ("scheme", "kind"), [("w4a16", "awq"), ("w8a8_static", "smoothquant"), ("w8a8_static", "search")]
+)
 def test_a_scale_that_helps_is_kept(scheme: str, kind: str) -> None:
     model, works, _ = made(SCHEMES[scheme])
     record = real.transform_group_(model, NORM, works, TRANSFORMS[kind])

@@ -7,7 +7,7 @@ All arithmetic is float32. A scale is rounded to the dtype it is stored in *befo
 that is measured is the error that is shipped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,24 +129,64 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Te
     return codes.mul_(scale)
 
 
+def full_range(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for weights in [low, high]; unlike :func:`qparams` it may turn the codes around.
+
+    Symmetric codes reach one further down than up: with 2 bits from -2·S to S. So the value of the largest magnitude
+    gets the code qmin, S = max|w| / qmin with its sign, which makes S smaller by 2^-b and negative where that value is
+    positive (as in llama.cpp's Q4_0 and auto-round's full range). Values on the other side beyond qmax·S are clipped.
+    With 8 bits there is no such side.
+    """
+    scale, zero = qparams(low, high, spec, dtype)
+    if not _turns(spec):
+        return scale, zero
+    scale = _storable(torch.maximum(-low, high).to(torch.float32) / -spec.qmin, dtype)
+    return torch.where(high > -low, -scale, scale), zero
+
+
+def _turns(spec: QuantSpec) -> bool:
+    return spec.symmetric and spec.qmin + spec.qmax < 0
+
+
 def minmax_observer(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The full range: nothing is clipped."""
+    """The full range, of :func:`full_range`."""
     low, high = min_max(groups)
-    return qparams(low, high, spec, dtype)
+    return full_range(low, high, spec, dtype)
 
 
 def mse_observer(groups: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The shrunken range with the least squared error, of 80 between 100 % and 20 % of the full one."""
     groups = groups.to(torch.float32)
-    low, high = min_max(groups)
-    best_scale, best_zero = qparams(low, high, spec, dtype)
-    best = _squared_error(groups, best_scale, best_zero, spec)
-    for step in range(1, _MSE_SHRINK_STEPS):
-        ratio = 1.0 - (1.0 - _MSE_SMALLEST) * step / _MSE_SHRINK_STEPS
+    ratios = [1.0 - (1.0 - _MSE_SMALLEST) * step / _MSE_SHRINK_STEPS for step in range(_MSE_SHRINK_STEPS)]
+    return best_range(
+        shrunken_ranges(*min_max(groups), spec, dtype, ratios),
+        lambda scale, zero: fake_quantize(groups, scale, zero, spec).sub_(groups).square_().sum(dim=-1, keepdim=True),
+    )
+
+
+def shrunken_ranges(
+    low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype, ratios: Sequence[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scale and zero point for the full range, and then for shares of [low, high], in both directions of the codes."""
+    yield full_range(low, high, spec, dtype)
+    for ratio in ratios:
         scale, zero = qparams(low * ratio, high * ratio, spec, dtype)
-        error = _squared_error(groups, scale, zero, spec)
-        better = error < best
-        best = torch.where(better, error, best)
+        yield scale, zero
+        if _turns(spec):
+            yield -scale, zero
+
+
+def best_range(
+    candidates: Iterable[tuple[Tensor, Tensor]], error: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Of pairs (scale, zero) the one with the least ``error``, group by group; the first of equally good ones."""
+    rest = iter(candidates)
+    best_scale, best_zero = next(rest)
+    best = error(best_scale, best_zero)
+    for scale, zero in rest:
+        found = error(scale, zero)
+        better = found < best
+        best = torch.where(better, found, best)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
@@ -170,10 +210,6 @@ def _quantile(groups: Tensor, quantile: float) -> Tensor:
     lower = groups.kthvalue(below + 1, dim=-1, keepdim=True).values
     upper = groups.kthvalue(min(below + 1, last) + 1, dim=-1, keepdim=True).values
     return torch.lerp(lower, upper, position - below)
-
-
-def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    return fake_quantize(groups, scale, zero, spec).sub_(groups).square_().sum(dim=-1, keepdim=True)
 
 
 #: Observers that a recipe can name.

@@ -16,6 +16,7 @@ from vlaquant.families import FoldGroup
 from vlaquant.families.folds import obstacle
 from vlaquant.linear import QuantLinear, W8A8Linear, from_quantized, replace_module_
 from vlaquant.numerics import QuantizedWeight
+from vlaquant.passes.bias import centered
 from vlaquant.passes.layer import LayerRecord, Work, static_input
 from vlaquant.passes.transform import TransformRecord, suits, transform_group_
 from vlaquant.plan import LayerPlan
@@ -38,19 +39,33 @@ class StageResult:
 
 
 def working_copies(
-    model: nn.Module, layers: Mapping[str, LayerPlan], stats: Mapping[str, ActStats], *, wide: bool
+    model: nn.Module, layers: Mapping[str, LayerPlan], stats: Mapping[str, ActStats], *, wide: bool, center: bool
 ) -> dict[str, Work]:
-    """The weights that a stage quantizes, with the statistics of their inputs; ``wide`` ones are float32 already."""
+    """The weights that a stage quantizes, with the statistics of their inputs.
+
+    Args:
+        model: holds the weights.
+        layers: which, and how.
+        stats: by layer.
+        wide: the copies are float32 already.
+        center: of layers with a bias, which takes the mean error, only the covariance counts.
+    """
     works = {}
+    covariances: dict[int, ActStats] = {}
     for name, layer in layers.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         assert layer.scheme is not None
+        seen = None if layer.dead else stats.get(name)
+        if center and seen is not None and linear.bias is not None:
+            if id(seen) not in covariances:
+                covariances[id(seen)] = centered(seen)
+            seen = covariances[id(seen)]
         works[name] = Work(
             weight=linear.weight.detach().to(torch.float32 if wide else linear.weight.dtype),
             bias=None if linear.bias is None else linear.bias.detach().to(torch.float32),
             scheme=layer.scheme,
-            stats=None if layer.dead else stats.get(name),
+            stats=seen,
             scale_dtype=linear.weight.dtype,
         )
     return works
@@ -96,6 +111,7 @@ def transform_stage_(
     works: Mapping[str, Work],
     recipe: Recipe,
     *,
+    part_of: Callable[[str], str],
     unit: str,
     look: Callable[[], dict[str, Tensor]],
     processes: Processes,
@@ -110,11 +126,18 @@ def transform_stage_(
         folds: eligible ones.
         works: changed.
         recipe: says which transforms.
+        part_of: module name -> the part of the model that it belongs to.
         unit: of the stage.
         look: gives what the stage computes; called in the main process only.
         processes: that do the same; the main one decides.
     """
-    pairs = [(transform, fold) for transform in recipe.scalings for fold in folds if suits(transform, fold)]
+    parts = [part_of(fold.targets[0] if fold.targets else fold.source) for fold in folds]
+    pairs = [
+        (transform, fold)
+        for transform in recipe.scalings
+        for fold, part in zip(folds, parts, strict=True)
+        if suits(transform, fold, part)
+    ]
     if not pairs:
         return ()
     check = FoldCheck(model.get_submodule(unit), look) if processes.main else None

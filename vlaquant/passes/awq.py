@@ -5,92 +5,62 @@ The error is that of the output over all calibration tokens, from their Hessian,
 through the layer.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vlaquant.errors import CalibrationError
-from vlaquant.numerics import Observer, QuantizedWeight, fake_quantize, min_max, qparams, quantize_weight
+from vlaquant.numerics import (
+    Observer,
+    QuantizedWeight,
+    best_range,
+    fake_quantize,
+    min_max,
+    quantize_weight,
+    shrunken_ranges,
+    split_groups,
+)
 from vlaquant.passes.loss import row_losses
 from vlaquant.scheme import Granularity, QuantSpec
 
 _SMALLEST_SCALE = 1e-4
-_MEASURED = 3
 _CLIP_STEP = 0.05
 # The authors stop at 50 %; with 2 bits the best range is often narrower.
 _CLIP_SMALLEST = 0.3
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class AwqResult:
-    """The best scale of the grid.
-
-    Attributes:
-        scale: [k], float32: multiply the weights' columns by it, and divide the input.
-        ratio: the exponent that made it; at 0 the scale is 1.
-        loss: output error with it.
-        loss_rtn: the same without a scale.
-    """
-
-    scale: Tensor
-    ratio: float
-    loss: float
-    loss_rtn: float
-
-
-def awq_scales(mean_abs: Tensor, grid: int = 20) -> list[tuple[float, Tensor]]:
+def awq_scales(mean_abs: Tensor, grid: int = 20, *, mean_weight: Tensor | None = None) -> list[tuple[float, Tensor]]:
     """Candidates (ratio, scale [k]) for ratio = 0, 1/grid, …: s = mean|X|^ratio / √(max·min), so that s lies around 1.
 
     A channel that is never active keeps the scale 1, and has no part in the normalization.
+
+    Args:
+        mean_abs: [k], mean of |x| over the tokens.
+        grid: how many ratios; the first gives no scale at all.
+        mean_weight: [k], of :func:`mean_weight`: as many candidates more, which are also divided by
+            mean|W|^(1 − ratio), as in the authors' later code.
     """
-    mean_abs = mean_abs.to(torch.float32)
     active = mean_abs > 0
-    candidates = [(0.0, torch.ones_like(mean_abs))]
-    if active.any():
-        for step in range(1, grid):
-            scale = mean_abs.pow(step / grid).clamp(min=_SMALLEST_SCALE)
+    candidates = [(0.0, torch.ones_like(mean_abs, dtype=torch.float32))]
+    for by in (None, mean_weight)[: 1 if mean_weight is None else 2]:
+        for step in range(0 if by is not None else 1, grid if active.any() else 0):
+            scale = mean_abs.to(torch.float32).pow(step / grid)
+            if by is not None:
+                scale = scale / (by.pow(1.0 - step / grid) + _SMALLEST_SCALE)
+            scale = scale.clamp(min=_SMALLEST_SCALE)
             low, high = scale[active].aminmax()
             candidates.append((step / grid, torch.where(active, scale / (low * high).sqrt(), 1.0)))
     return candidates
 
 
-def awq_scale(
-    mean_abs: Tensor,
-    loss: Callable[[Tensor], float],
-    *,
-    grid: int = 20,
-    estimate: Callable[[Tensor], float] | None = None,
-) -> AwqResult:
-    """The scale with the least output error of everything that reads the input.
-
-    Args:
-        mean_abs: [k], mean of |x| over the tokens.
-        loss: scale [k] -> output error with rounded weights (equation 4), and rounded inputs where the scheme has them.
-        grid: how many exponents to try; the first is 0, so that the result is never worse than no scale.
-        estimate: something cheaper than ``loss`` to choose by, in any unit. Only the best three by it, and no scale,
-            are then compared by ``loss``.
-
-    Raises:
-        CalibrationError: the error without a scale is not finite.
-    """
-    candidates = awq_scales(mean_abs, grid)
-    if estimate is not None:
-        promising = sorted(candidates[1:], key=lambda candidate: _worst_if_nan(estimate(candidate[1])))
-        candidates = [candidates[0], *promising[:_MEASURED]]
-    tried = [(loss(scale), ratio, scale) for ratio, scale in candidates]
-    loss_rtn = tried[0][0]
-    if not abs(loss_rtn) < torch.inf:
-        raise CalibrationError(
-            f"the output error without a scale is {loss_rtn}; look for NaN or Inf in weights and data"
-        )
-    best, ratio, scale = min(tried, key=lambda entry: _worst_if_nan(entry[0]))
-    return AwqResult(scale, ratio, best, loss_rtn)
-
-
-def _worst_if_nan(loss: float) -> float:
-    return loss if loss == loss else torch.inf
+def mean_weight(weights: Sequence[Tensor], specs: Sequence[QuantSpec]) -> Tensor:
+    """[k]: mean over all rows of |W| as a share of the largest |W| of its group, for weights [n_i, k]."""
+    total = torch.zeros(weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
+    for weight, spec in zip(weights, specs, strict=True):
+        groups = split_groups(weight.to(torch.float32).abs(), spec)
+        share = groups / groups.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        total += share.reshape(weight.shape).sum(dim=0)
+    return (total / sum(len(weight) for weight in weights)).to(torch.float32)
 
 
 def awq_clip(weight: Tensor, hessian: Tensor, spec: QuantSpec, *, scale_dtype: torch.dtype) -> QuantizedWeight:
@@ -113,19 +83,12 @@ def hessian_observer(hessian: Tensor) -> Observer:
         blocks = _diagonal_blocks(hessian, spec.group_size) if spec.group_size else None
         # Groups first, so that each is one contiguous matrix to multiply with its block
         groups = groups.to(torch.float32).transpose(0, 1).contiguous()
-        low, high = min_max(groups)
-        best_scale, best_zero = qparams(low, high, spec, dtype)
-        best = torch.full_like(best_scale, torch.inf)
-        for step in range(round((1.0 - _CLIP_SMALLEST) / _CLIP_STEP) + 1):
-            ratio = 1.0 - step * _CLIP_STEP
-            scale, zero = qparams(low * ratio, high * ratio, spec, dtype)
-            delta = fake_quantize(groups, scale, zero, spec).sub_(groups)
-            error = _block_loss(delta, blocks, hessian)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-        return best_scale.transpose(0, 1), best_zero.transpose(0, 1)
+        ratios = [1.0 - step * _CLIP_STEP for step in range(round((1.0 - _CLIP_SMALLEST) / _CLIP_STEP) + 1)]
+        scale, zero = best_range(
+            shrunken_ranges(*min_max(groups), spec, dtype, ratios),
+            lambda scale, zero: _block_loss(fake_quantize(groups, scale, zero, spec).sub_(groups), blocks, hessian),
+        )
+        return scale.transpose(0, 1), zero.transpose(0, 1)
 
     return observe
 

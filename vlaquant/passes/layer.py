@@ -17,6 +17,7 @@ from vlaquant.numerics import QuantizedWeight, all_finite, qparams
 from vlaquant.passes.awq import awq_clip, hessian_observer
 from vlaquant.passes.gptq import gptq
 from vlaquant.passes.loss import row_losses, row_losses_of_two, slices
+from vlaquant.passes.refit import refit_scales
 from vlaquant.passes.rtn import round_to_nearest
 from vlaquant.recipe import Gptaq, Quantizer, Rtn
 from vlaquant.scheme import Granularity, QuantSpec, Scheme
@@ -108,6 +109,8 @@ def _solve(works: Mapping[str, Work], quantizer: Quantizer) -> dict[str, tuple[Q
         }
     plain = round_to_nearest(weight, spec, scale_dtype=first.scale_dtype)
     result, notes = _with_data(weight, plain, stats, quantizer, first.scale_dtype)
+    if quantizer.refit:
+        result = refit_scales(weight, result, hessian)
     rows = _rows([len(work.weight) for work in works.values()])
     losses_rtn, powers = (_losses(codes, weight, stats, rows) for codes in (plain, None))
     losses = losses_rtn if result is plain else _losses(result, weight, stats, rows)

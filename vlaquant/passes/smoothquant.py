@@ -23,10 +23,23 @@ def smooth_scale(act_absmax: Tensor, weights: Sequence[Tensor], alpha: float = 0
     Returns:
         [k], float32, positive. A channel that is never active, or that no weight reads, keeps the scale 1.
     """
-    activation = act_absmax.to(torch.float32)
-    weight = torch.stack([_absmax(w.detach().to(torch.float32)) for w in weights]).amax(dim=0)
+    return _scale(act_absmax.to(torch.float32), _absmax_of_all(weights), alpha)
+
+
+def smooth_scales(act_absmax: Tensor, weights: Sequence[Tensor], grid: int = 20) -> list[tuple[float, Tensor]]:
+    """Candidates (α, scale [k]): no scale at all, and :func:`smooth_scale` for α = 0, 1/grid, … 1."""
+    activation, weight = act_absmax.to(torch.float32), _absmax_of_all(weights)
+    steps = [step / grid for step in range(grid + 1)]
+    return [(0.0, torch.ones_like(activation)), *((alpha, _scale(activation, weight, alpha)) for alpha in steps)]
+
+
+def _scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     scale = (activation.pow(alpha) / weight.pow(1.0 - alpha)).clamp(1.0 / _LIMIT, _LIMIT)
     return torch.where((activation > 0) & (weight > 0), scale, 1.0)
+
+
+def _absmax_of_all(weights: Sequence[Tensor]) -> Tensor:
+    return torch.stack([_absmax(w.detach().to(torch.float32)) for w in weights]).amax(dim=0)
 
 
 def _absmax(weight: Tensor) -> Tensor:

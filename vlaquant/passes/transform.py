@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from vlaquant.calibrate import ActStats
 from vlaquant.families import FoldGroup
 from vlaquant.numerics import fake_quantize, min_max, qparams, round_weight, row_blocks
-from vlaquant.passes.awq import awq_scale
+from vlaquant.passes.awq import awq_scales, mean_weight
 from vlaquant.passes.fold import apply_fold_, channels_of, fold_layer_scale_, gathered, spread
 from vlaquant.passes.layer import Work
 from vlaquant.passes.loss import output_loss, token_mean, weight_loss
-from vlaquant.passes.smoothquant import smooth_scale
-from vlaquant.recipe import LayerScale, SmoothQuant, Transform
+from vlaquant.passes.search import BestScale, best_scale
+from vlaquant.passes.smoothquant import smooth_scale, smooth_scales
+from vlaquant.recipe import Awq, LayerScale, SmoothQuant, Transform
 from vlaquant.scheme import Granularity, QuantSpec
 
 #: Rows of all targets together by which scales are compared; the best are then measured on all. (In SmolLM2, 1024 of
@@ -42,7 +43,7 @@ class TransformRecord:
             None where nothing is compared: a LayerScale is always folded.
         loss_after: with the scale.
         kept: whether the scale was applied.
-        strength: α of SmoothQuant, or the exponent that AWQ found; 1 for a LayerScale.
+        strength: α of SmoothQuant, or the exponent that AWQ found (0 if none is better); 1 for a LayerScale.
         reverted: what the model computed differently with the scale, so that it was taken back; None if nothing was.
     """
 
@@ -65,9 +66,10 @@ class TransformRecord:
         return cls(**{**values, "targets": tuple(values["targets"])})
 
 
-def suits(transform: Transform, group: FoldGroup) -> bool:
-    """Whether a transform is for folds of this kind."""
-    return isinstance(transform, LayerScale) == (group.gamma is not None)
+def suits(transform: Transform, group: FoldGroup, part: str) -> bool:
+    """Whether a transform is for folds of this kind, and for the part of the model that its layers belong to."""
+    of_kind = isinstance(transform, LayerScale) == (group.gamma is not None)
+    return of_kind and (transform.parts is None or part in transform.parts)
 
 
 def transform_group_(
@@ -87,23 +89,41 @@ def transform_group_(
     channels = channels_of(model, group)
     step = _step(targets)
     loss = _spread_first(_loss(targets if step > 1 else _stacked(targets, 1), stats), columns, head_dim)
-    if isinstance(transform, SmoothQuant):
-        strength = transform.alpha
-        absmax = gathered(stats.absmax, channels, head_dim).amax(dim=0)
-        weights = [gathered(work.weight, channels, head_dim).flatten(0, 1) for work in targets]
-        scale = smooth_scale(absmax, weights, strength)
-        before, after = loss(torch.ones_like(scale)), loss(scale)
+    if isinstance(transform, SmoothQuant) and transform.alpha != "search":
+        scale = smooth_scale(*_ranges(targets, stats, channels, head_dim), transform.alpha)
+        best = BestScale(scale, transform.alpha, loss(scale), loss(torch.ones_like(scale)))
     else:
-        estimate = _loss(_stacked(targets, step), stats) if step > 1 else None
-        if estimate is not None:
-            estimate = _spread_first(estimate, columns, head_dim)
-        mean_abs = gathered(stats.mean_abs, channels, head_dim).mean(dim=0)
-        best = awq_scale(mean_abs, loss, grid=transform.grid, estimate=estimate)
-        scale, strength, before, after = best.scale, best.ratio, best.loss_rtn, best.loss
-    kept = after < before
+        estimate = None
+        if step > 1:
+            estimate = _spread_first(_loss(_stacked(targets, step), stats), columns, head_dim)
+        candidates = _candidates(transform, targets, stats, channels, head_dim)
+        best = best_scale(candidates, loss, estimate=estimate)
+    kept = best.loss < best.loss_rtn
     if kept:
-        apply_fold_(model, group, scale, works)
-    return TransformRecord(transform.kind, group.source, group.targets, before, after, kept, strength)
+        apply_fold_(model, group, best.scale, works)
+    return TransformRecord(transform.kind, group.source, group.targets, best.loss_rtn, best.loss, kept, best.strength)
+
+
+def _candidates(
+    transform: SmoothQuant | Awq, targets: Sequence[Work], stats: ActStats, channels: int, head_dim: int | None
+) -> list[tuple[float, Tensor]]:
+    """(strength, scale [m]) of all that a transform tries; the first is no scale."""
+    if isinstance(transform, SmoothQuant):
+        return smooth_scales(*_ranges(targets, stats, channels, head_dim))
+    weight = None
+    if transform.duo:
+        weight = mean_weight([work.weight for work in targets], [work.scheme.weight for work in targets])
+        weight = gathered(weight, channels, head_dim).mean(dim=0)
+    mean_abs = gathered(stats.mean_abs, channels, head_dim).mean(dim=0)
+    return awq_scales(mean_abs, transform.grid, mean_weight=weight)
+
+
+def _ranges(
+    targets: Sequence[Work], stats: ActStats, channels: int, head_dim: int | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The largest |x| [m] of all columns that share a scale, and the weights with such columns below each other."""
+    absmax = gathered(stats.absmax, channels, head_dim).amax(dim=0)
+    return absmax, [gathered(work.weight, channels, head_dim).flatten(0, 1) for work in targets]
 
 
 def _spread_first(loss: Callable[[Tensor], float], columns: int, head_dim: int | None) -> Callable[[Tensor], float]:

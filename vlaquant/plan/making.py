@@ -11,6 +11,7 @@ from vlaquant.families import Family
 from vlaquant.linear import empty_linear, empty_table, is_replaceable, table_kind, table_objection
 from vlaquant.plan.verdicts import LayerPlan, OtherTensor, Plan, TablePlan
 from vlaquant.recipe import Recipe, Rule
+from vlaquant.recipe.words import did_you_mean
 from vlaquant.scheme import Scheme
 
 
@@ -50,6 +51,7 @@ def make_plan(model: nn.Module, family: Family, recipe: Recipe) -> Plan:
                 bytes_after=before if scheme is None else packed_bytes(module, scheme),
             )
         )
+    problems += _unknown_parts(recipe, {layer.part for layer in layers if layer.scheme is not None})
     if problems:
         raise PlanError("\n".join(problems))
     tables = _tables(model, parts, chosen, tied, sizes)
@@ -123,6 +125,17 @@ def _check_rules(
             f"rule {position} ({rule.target}) matches none of the {len(alike)} {what}; "
             f"parts of this model: {', '.join(here)}; nearest: {', '.join(near)}{hint}"
         )
+
+
+def _unknown_parts(recipe: Recipe, quantized: set[str]) -> list[str]:
+    """Complaints about transforms for parts in which there is nothing to do."""
+    return [
+        f"transforms[{position}] ({transform.kind}): no layer of part {part!r} is quantized; parts with quantized "
+        f"layers: {', '.join(sorted(quantized)) or 'none'}{did_you_mean(part, quantized)}"
+        for position, transform in enumerate(recipe.transforms)
+        for part in transform.parts or ()
+        if part not in quantized
+    ]
 
 
 def _verdict(

@@ -1,7 +1,7 @@
 """Which parts of a recipe cannot work without calibration data."""
 
 from vlaquant.errors import RecipeError
-from vlaquant.recipe.sections import Gptaq, Gptq, LayerScale, Recipe, Rotation
+from vlaquant.recipe.sections import Gptaq, Gptq, LayerScale, Recipe, Rotation, Rtn
 
 
 def needs_calibration(recipe: Recipe) -> list[str]:
@@ -20,6 +20,10 @@ def needs_calibration(recipe: Recipe) -> list[str]:
         reasons.append(f"quantizer ({recipe.quantizer.kind}: minimizes the error on real inputs)")
     elif recipe.quantizer.clip == "awq":
         reasons.append("quantizer (clip awq: ranges are searched on real inputs)")
+    if isinstance(recipe.quantizer, Rtn) and recipe.quantizer.refit:
+        reasons.append("quantizer (refit: scales are fitted to real inputs)")
+    if recipe.bias_correction:
+        reasons.append("bias_correction (needs the mean of real inputs)")
     if recipe.token_weights is not None:
         reasons.append("token_weights (tokens are those of real inputs)")
     return reasons

@@ -58,8 +58,19 @@ def _valid_pattern(pattern: str) -> str:
     return pattern
 
 
+def _alpha(value: object) -> float | str:
+    if value == "search":
+        return "search"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"must be a number from 0 to 1, or 'search', got {shown(value)}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"must be from 0 to 1, or 'search', got {shown(value)}")
+    return float(value)
+
+
 Name = Annotated[str, Field(min_length=1)]
 GroupSize = Annotated[int | Literal["channel", "tensor"], PlainValidator(_group_size)]
+Alpha = Annotated[float | Literal["search"], PlainValidator(_alpha)]
 RecipePath = Annotated[Path, Field(strict=False), AfterValidator(_anchored)]
 
 
@@ -141,29 +152,43 @@ class Rule(Section):
         return scheme.with_weight(**overrides) if overrides else scheme
 
 
-class SmoothQuant(Section):
+class _OfParts(Section):
+    """A transform: for all of the model, or only for the ``parts`` that it names.
+
+    Attributes:
+        parts: of the model; all if it is left out.
+    """
+
+    parts: Annotated[tuple[Name, ...] | None, Field(strict=False, min_length=1)] = None
+
+
+class SmoothQuant(_OfParts):
     """Move outliers from activations into weights.
 
     Attributes:
-        alpha: how much of them moves: nothing at 0, all at 1.
+        parts: of the model that it is for; all if it is left out.
+        alpha: how much of them moves: nothing at 0, all at 1; ``search`` looks for the best of each fold.
     """
 
     kind: Literal["smoothquant"] = "smoothquant"
-    alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+    alpha: Alpha = 0.5
 
 
-class Awq(Section):
+class Awq(_OfParts):
     """Scale up the columns that matter most before rounding.
 
     Attributes:
+        parts: of the model that it is for; all if it is left out.
         grid: how many strengths are tried; the first of them is none.
+        duo: try as many scales that also shrink columns with large weights.
     """
 
     kind: Literal["awq"] = "awq"
     grid: PositiveInt = 20
+    duo: bool = False
 
 
-class LayerScale(Section):
+class LayerScale(_OfParts):
     """Multiply the factors of LayerScales (DINOv2) into the Linears before them."""
 
     kind: Literal["layerscale"] = "layerscale"
@@ -193,17 +218,20 @@ class Rtn(Section):
 
     Attributes:
         clip: a group's range: all of it, or searched for the least error on weights (``mse``) or outputs (``awq``).
+        refit: fit the scales once more when the codes are known, for the least error on outputs.
     """
 
     kind: Literal["rtn"] = "rtn"
     clip: Literal["minmax", "mse", "awq"] = "minmax"
+    refit: bool = False
 
 
 class _ColumnByColumn(Section):
     """What :class:`Gptq` and :class:`Gptaq` share.
 
     Attributes:
-        clip: as for rtn.
+        clip: as for rtn. The full range is best: columns that make up for others need room.
+        refit: as for rtn.
         damp: share of the Hessian's mean diagonal that is added to the diagonal.
         block_size: columns that are corrected together; changes speed, not the result.
         act_order: begin with the columns that see the largest activations.
@@ -211,6 +239,7 @@ class _ColumnByColumn(Section):
 
     kind: str
     clip: Literal["minmax", "mse", "awq"] = "minmax"
+    refit: bool = False
     damp: float = Field(default=0.01, gt=0.0, le=1.0)
     block_size: PositiveInt = 128
     act_order: bool = True
@@ -395,6 +424,7 @@ class Recipe(Section):
             ``nearest`` group size that divides, one scale a row (``channel``), or float (``keep``).
         transforms: done in this order, before the quantizer.
         quantizer: turns each weight into codes.
+        bias_correction: let the bias of a layer that has one take what rounding its weight shifts on average.
         propagate: what later layers see of earlier ones while they are calibrated: their quantized or float output.
         token_weights: what tokens count for while layers are calibrated; all the same if it is left out.
         calibration: data; can be left out if nothing needs it or samples come from Python.
@@ -408,6 +438,7 @@ class Recipe(Section):
     on_indivisible: OnIndivisible = "error"
     transforms: Annotated[tuple[AnyTransform, ...], Field(strict=False), AfterValidator(_rotation_first)] = ()
     quantizer: Quantizer = Rtn()
+    bias_correction: bool = False
     propagate: Literal["quantized", "float"] = "quantized"
     token_weights: TokenWeights | None = None
     calibration: Calibration | None = None
@@ -431,6 +462,9 @@ class Recipe(Section):
                 "quantizer gptaq makes up for what earlier quantized layers changed, and with 'propagate: float' they "
                 "change nothing; use gptq, or 'propagate: quantized'"
             )
+        if isinstance(self.quantizer, Gptaq) and (self.quantizer.refit or self.bias_correction):
+            which = "refit" if self.quantizer.refit else "bias_correction"
+            raise ValueError(f"quantizer gptaq does not go with '{which}'; use gptq, or leave it out")
         return self
 
     def resolved(self) -> dict[str, Any]:
