@@ -353,7 +353,6 @@ def recipes():
     gptq = st.fixed_dictionaries(
         {"kind": st.just("gptq")}, optional={"damp": st.floats(1e-6, 1), "act_order": st.booleans()}
     )
-    gptaq = st.fixed_dictionaries({"kind": st.just("gptaq")}, optional={"alpha": st.floats(0, 1)})
     data = st.fixed_dictionaries({"kind": st.sampled_from(["text", "episodes"]), "path": st.just("some/where")})
     return st.fixed_dictionaries(
         {"rules": st.lists(rules(), min_size=1, max_size=3)},
