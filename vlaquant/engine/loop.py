@@ -14,6 +14,7 @@ from vlaquant.calibrate.running import StageRunner
 from vlaquant.calibrate.statistics import final_stats
 from vlaquant.calibrate.units import Stage
 from vlaquant.checkpoint import TensorFiles
+from vlaquant.engine.block import BlockTuner
 from vlaquant.engine.fingerprint import digest
 from vlaquant.engine.log import RunLog
 from vlaquant.engine.masking import Masks, layer_masks
@@ -39,6 +40,9 @@ from vlaquant.passes.transform import TransformRecord
 from vlaquant.plan import LayerPlan, Plan
 from vlaquant.recipe import Recipe
 
+#: Beside the stored outputs of quantized stages, those of the same stages in the float model.
+_FLOATS = "floats"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Data:
@@ -52,6 +56,7 @@ class Data:
         once: layers that run exactly once a sample, in order.
         shared: sets of layers that read the very same tensors.
         min_tokens: it is an error if a layer sees fewer.
+        floats: runs samples through float stages only, for quantizers that reproduce these; None for others.
     """
 
     runner: StageRunner
@@ -61,6 +66,7 @@ class Data:
     once: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
     min_tokens: int
+    floats: StageRunner | None = None
 
 
 class StageLoop:
@@ -104,6 +110,10 @@ class StageLoop:
         self._processes = processes
         self._positions = processes.positions(len(data.samples) if data is not None else 0)
         self._plan = plan.quantized
+        self._tuner: BlockTuner | None = None
+        if data is not None and data.floats is not None:
+            ways = {"runner": data.runner, "floats": data.floats, "samples": data.samples, "masks": data.masks}
+            self._tuner = BlockTuner(model, family, recipe, **ways, processes=processes, log=log)
         self._folds = find_folds(model, family.folds)
         self._quantized = recipe.propagate == "quantized"
         self.packed: dict[str, QuantLinear] = {}
@@ -137,6 +147,7 @@ class StageLoop:
 
     def _quantize(self, index: int, stage: Stage) -> StageResult:
         layers = {name: self._plan[name] for name in stage.linears if name in self._plan}
+        self._run_float(index, stage)
         stats = self._observe(index, stage, layers)
         if not layers:
             return StageResult({}, (), ())
@@ -158,8 +169,20 @@ class StageLoop:
             for record in transforms:
                 if record.reverted is not None:
                     self._log.say(f"{record.source}: the {record.kind} scale is taken back: it {record.reverted}")
+        live = {name: work for name, work in works.items() if work.stats is not None}
         packed, records = self._solve(works)
+        if self._tuner is not None and live:
+            self._tuner.tune_(index, stage.unit, live, packed, records)
         return StageResult(packed, tuple(records[name] for name in layers), transforms)
+
+    def _run_float(self, index: int, stage: Stage) -> None:
+        """Keep what a stage of the float model gives to later ones, before anything here changes it."""
+        data = self._data
+        if data is None or data.floats is None or stage.unit not in data.stored or index + 1 >= self._last_observed():
+            return
+        for position in self._positions:
+            with torch.inference_mode():
+                data.floats.run(index, position, data.samples[position], store=True)
 
     def _require_agreement(self, stage: Stage, transforms: Sequence[TransformRecord]) -> None:
         """All processes try the transforms on the same numbers; should they ever choose differently, nothing fits."""
@@ -199,7 +222,7 @@ class StageLoop:
         started = time.perf_counter()
         for work in group.values():
             work.weight = work.weight.to(torch.float32)
-        solved = quantize_layers(group, self._recipe.quantizer)
+        solved = quantize_layers(group, self._recipe.layer_quantizer)
         packed = pack(group, {name: codes for name, (codes, _) in solved.items()})
         seconds = round(time.perf_counter() - started, 4)
         done = {name: {"record": record.to_dict(), "seconds": seconds} for name, (_, record) in solved.items()}
@@ -238,6 +261,8 @@ class StageLoop:
                     output = self._run(index, position, store=True)
                     self._log.doing(f"{stage.unit}: handing on", self._tokens(output))
             self._data.runner.finished(index)
+            if self._data.floats is not None:
+                self._data.floats.finished(index)
         self.layers += result.layers
         self.transforms += result.transforms
         if self._work is None:
@@ -273,7 +298,10 @@ class StageLoop:
         tensors = unit_tensors(self._model, stage.unit, result.packed) if result.packed else {}
         schemes = {name: layer.scheme for name, layer in result.packed.items()}
         if self._data is not None:
-            self._data.runner.cache.save(self._work.new_chain())
+            chain = self._work.new_chain()
+            self._data.runner.cache.save(chain)
+            if self._data.floats is not None:
+                self._data.floats.cache.save(chain / _FLOATS)
         self._work.commit(
             tensors,
             {
@@ -308,6 +336,8 @@ class StageLoop:
                 self._weights.finish_(record["unit"], TensorFiles.open([self._work.stage_file(index)]), schemes)
         if self._data is not None and self._work.chain is not None:
             self._data.runner.cache.restore_(self._work.chain)
+            if self._data.floats is not None:
+                self._data.floats.cache.restore_(self._work.chain / _FLOATS)
         self._log.say(f"{len(self._work.records)} of {len(self._stages)} stages were finished before")
         return len(self._work.records)
 

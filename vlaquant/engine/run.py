@@ -19,6 +19,7 @@ from vlaquant.calibrate.probing import probe
 from vlaquant.calibrate.running import StageRunner, blamed_on
 from vlaquant.calibrate.units import find_units
 from vlaquant.checkpoint import TensorFiles, source_identity
+from vlaquant.engine.block import require_blocks, tuning_memory
 from vlaquant.engine.fingerprint import fingerprint, first_difference, package_versions
 from vlaquant.engine.log import RunLog
 from vlaquant.engine.loop import Data, StageLoop
@@ -33,7 +34,7 @@ from vlaquant.errors import CalibrationError, ExportError
 from vlaquant.families import Inputs
 from vlaquant.linear import Table, replace_module_
 from vlaquant.plan import Plan, with_dead, without
-from vlaquant.recipe import Recipe, needs_calibration
+from vlaquant.recipe import AutoRound, Recipe, needs_calibration
 
 _MIN_TOKENS = 32
 #: Memory for the weights of units that run again and again, if there is so much to spare.
@@ -192,6 +193,11 @@ class QuantizationRun:
     def _predict(self, plan: Plan, data: Probed | None) -> Prediction:
         """What the stages will need; refuses what cannot fit. Activations beyond the memory go to the disk."""
         limit = self._limit()
+        activations = 0 if data is None else data.flow.bytes_per_sample * len(data.samples)
+        tuning = 0
+        if data is not None and isinstance(self._recipe.quantizer, AutoRound):
+            tuning = tuning_memory(plan, data.flow, activations)
+            activations *= 2  # of the quantized and of the float model
         prediction = predict(
             self.opened.model,
             plan,
@@ -199,7 +205,8 @@ class QuantizationRun:
             with_data=data is not None,
             keep_all=bool(self._recipe.transforms),
             streamed=self.opened.files is not None,
-            activations=0 if data is None else data.flow.bytes_per_sample * len(data.samples),
+            activations=activations,
+            tuning=tuning,
             seconds=None if data is None else self._seconds(data),
             limit=limit,
         )
@@ -224,6 +231,8 @@ class QuantizationRun:
             PlanError: too little memory.
             ExportError: too little disk; an unfinished run is in the way, or was another one.
         """
+        if data is not None and isinstance(self._recipe.quantizer, AutoRound):
+            require_blocks(plan, data.flow, self._options.mode)
         prediction = self._predict(plan, data)
         if self.opened.files is not None:
             self.identity = self._identify(plan, data)
@@ -257,17 +266,29 @@ class QuantizationRun:
 
     def _data(self, data: Probed, prediction: Prediction) -> Data:
         assert self._log is not None
-        spill = None if self._work is None else self._work.spill
-        cache = ActivationCache(limit_bytes=prediction.room, spill_directory=spill)
-        runner = StageRunner(self.opened.model, data.flow, data.run, mode=self._options.mode, cache=cache)
+        names = ("quantized", "floats") if isinstance(self._recipe.quantizer, AutoRound) else ("quantized",)
+        runner, *others = (
+            StageRunner(
+                self.opened.model,
+                data.flow,
+                data.run,
+                mode=self._options.mode,
+                cache=ActivationCache(
+                    limit_bytes=prediction.room // len(names),
+                    spill_directory=None if self._work is None else self._work.spill / name,
+                ),
+            )
+            for name in names
+        )
         self._log.say(runner.summary())
         if self._weights is not None:
-            self._weights.dormant = runner.answers
+            self._weights.dormant = lambda unit: any(each.answers(unit) for each in (runner, *others))
             if self._options.mode == "rerun" or len(data.flow.replayable) < len(data.flow.stages):
                 # Units run again for every sample of every stage
                 self._weights.budget = max(self._weights.budget, min(_KEPT_WEIGHTS, self._limit() - prediction.memory))
         stored = data.flow.replayable if self._options.mode == "replay" else frozenset()
-        return Data(runner, data.samples, data.masks, stored, data.once, data.shared, data.min_tokens)
+        floats = others[0] if others else None
+        return Data(runner, data.samples, data.masks, stored, data.once, data.shared, data.min_tokens, floats)
 
     def _identify(self, plan: Plan, data: Probed | None) -> dict[str, Any]:
         assert self.opened.directory is not None

@@ -79,6 +79,7 @@ class Family:
         live_names: (model, names in a source's files) -> {name in a file: name in the model}, where they differ; None
             where they never do.
         converted: source directory -> what of it becomes something else in an output.
+        loss: (model, sample) -> what training on a demonstration lowers, a scalar with gradients. None: not known here.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Family:
     token_masks: Callable[[Any, Inputs], dict[str, Tensor]] = nothing_masked
     live_names: Callable[[nn.Module, Sequence[str]], dict[str, str]] | None = None
     converted: Callable[[Path], Converted] = nothing_converted
+    loss: Callable[[Any, Any], Tensor] | None = None
 
     def why_float(self, module_name: str) -> str | None:
         """Why a Linear stays as it is unless a rule names it; None if nothing speaks for that."""

@@ -117,6 +117,15 @@ def _run(model: nn.Module, inputs: Inputs) -> Tensor:
     return logits
 
 
+def _loss(model: nn.Module, sample: Any) -> Tensor:
+    """Cross-entropy of each next token of a text."""
+    if not isinstance(sample, Tensor):
+        raise CalibrationError("a model of transformers learns from texts here; an Observation holds none to predict")
+    inputs = _inputs(model, sample)
+    loss: Tensor = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+    return loss
+
+
 def _example(model: Any) -> Inputs:
     """A made-up picture where the model reads pictures and its processor can be opened, else tokens."""
     if _sees(model) and getattr(model, "processor", None) is not None:
@@ -192,4 +201,5 @@ HF = Family(
     check=_check,
     keep_float=((rf"{_ANYWHERE}(?:mlp\.gate|router|shared_expert_gate)", _ROUTER),),
     live_names=live_names,
+    loss=_loss,
 )

@@ -18,7 +18,7 @@ from vlaquant.passes.awq import awq_clip, hessian_observer
 from vlaquant.passes.gptq import gptq
 from vlaquant.passes.loss import row_losses, slices
 from vlaquant.passes.rtn import round_to_nearest
-from vlaquant.recipe import Quantizer, Rtn
+from vlaquant.recipe import Gptq, Rtn
 from vlaquant.scheme import Granularity, QuantSpec, Scheme
 
 
@@ -79,7 +79,7 @@ def solve_groups(works: Mapping[str, Work]) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values()]
 
 
-def quantize_layers(works: Mapping[str, Work], quantizer: Quantizer) -> dict[str, tuple[QuantizedWeight, LayerRecord]]:
+def quantize_layers(works: Mapping[str, Work], quantizer: Rtn | Gptq) -> dict[str, tuple[QuantizedWeight, LayerRecord]]:
     """Codes for all layers; plain rounding instead where the recipe's quantizer does worse or there is no data.
 
     Raises:
@@ -92,7 +92,7 @@ def quantize_layers(works: Mapping[str, Work], quantizer: Quantizer) -> dict[str
     return {name: solved[name] for name in works}
 
 
-def _solve(works: Mapping[str, Work], quantizer: Quantizer) -> dict[str, tuple[QuantizedWeight, LayerRecord]]:
+def _solve(works: Mapping[str, Work], quantizer: Rtn | Gptq) -> dict[str, tuple[QuantizedWeight, LayerRecord]]:
     """One of :func:`solve_groups`."""
     _require_finite(works)
     first = next(iter(works.values()))
@@ -147,7 +147,7 @@ def _losses(quantized: QuantizedWeight | None, weight: Tensor, hessian: Tensor, 
 
 
 def _with_data(
-    weight: Tensor, plain: QuantizedWeight, hessian: Tensor, quantizer: Quantizer, scale_dtype: torch.dtype
+    weight: Tensor, plain: QuantizedWeight, hessian: Tensor, quantizer: Rtn | Gptq, scale_dtype: torch.dtype
 ) -> tuple[QuantizedWeight, tuple[str, ...]]:
     """What the recipe's quantizer makes of a weight; ``plain`` is what plain rounding made of it."""
     spec = plain.spec

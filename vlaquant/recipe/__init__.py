@@ -7,6 +7,7 @@ names the line, the place and the nearest legal word. What a recipe means for a 
 from vlaquant.recipe.needs import needs_calibration, require_calibration
 from vlaquant.recipe.parsing import load_recipe
 from vlaquant.recipe.sections import (
+    AutoRound,
     Awq,
     Calibration,
     Episodes,
@@ -25,6 +26,7 @@ from vlaquant.recipe.sections import (
 )
 
 __all__ = [
+    "AutoRound",
     "Awq",
     "Calibration",
     "Episodes",

@@ -1,7 +1,7 @@
 """Which parts of a recipe cannot work without calibration data."""
 
 from vlaquant.errors import RecipeError
-from vlaquant.recipe.sections import Gptq, LayerScale, Recipe
+from vlaquant.recipe.sections import AutoRound, Gptq, LayerScale, Recipe
 
 
 def needs_calibration(recipe: Recipe) -> list[str]:
@@ -14,7 +14,9 @@ def needs_calibration(recipe: Recipe) -> list[str]:
     for position, transform in enumerate(recipe.transforms):
         why = "is checked on real inputs" if isinstance(transform, LayerScale) else "scales come from activations"
         reasons.append(f"transforms[{position}] ({transform.kind}: {why})")
-    if isinstance(recipe.quantizer, Gptq):
+    if isinstance(recipe.quantizer, AutoRound):
+        reasons.append("quantizer (autoround: learns from real inputs)")
+    elif isinstance(recipe.quantizer, Gptq):
         reasons.append("quantizer (gptq: minimizes the error on real inputs)")
     elif recipe.quantizer.clip == "awq":
         reasons.append("quantizer (clip awq: ranges are searched on real inputs)")

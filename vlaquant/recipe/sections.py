@@ -186,6 +186,27 @@ class Gptq(Section):
     act_order: bool = True
 
 
+class AutoRound(Section):
+    """Learn how the weights of each block are rounded, so that the block's output stays; takes minutes a block.
+
+    Needs blocks that run once a sample, and ``propagate: quantized``.
+
+    Attributes:
+        start: the quantizer whose codes it begins with, and never does worse than.
+        iterations: steps of signed gradient descent.
+        learning_rate: length of the first step; by default 1 / iterations.
+        batch: samples a step.
+        ranges: whether the range of each group is learnt too.
+    """
+
+    kind: Literal["autoround"] = "autoround"
+    start: Annotated[Rtn | Gptq, Field(discriminator="kind")] = Gptq()
+    iterations: PositiveInt = 200
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    batch: PositiveInt = 8
+    ranges: bool = True
+
+
 Cameras = Annotated[tuple[Name | None, ...] | None, Field(strict=False, min_length=1)]
 
 
@@ -264,13 +285,13 @@ class Text(Section):
 
 
 Transform = Annotated[SmoothQuant | Awq | LayerScale, Field(discriminator="kind")]
-Quantizer = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+Quantizer = Annotated[Rtn | Gptq | AutoRound, Field(discriminator="kind")]
 Calibration = Annotated[Episodes | LeRobot | JsonLines | Text, Field(discriminator="kind")]
 
 #: Key of the recipe -> {kind: the section it then holds}.
 KINDS: dict[str, dict[str, type[Section]]] = {
     "transforms": {"smoothquant": SmoothQuant, "awq": Awq, "layerscale": LayerScale},
-    "quantizer": {"rtn": Rtn, "gptq": Gptq},
+    "quantizer": {"rtn": Rtn, "gptq": Gptq, "autoround": AutoRound},
     "calibration": {"episodes": Episodes, "lerobot": LeRobot, "jsonl": JsonLines, "text": Text},
 }
 
@@ -304,6 +325,17 @@ class Recipe(Section):
     propagate: Literal["quantized", "float"] = "quantized"
     calibration: Calibration | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _sees_quantized_inputs(self) -> Self:
+        if isinstance(self.quantizer, AutoRound) and self.propagate != "quantized":
+            raise ValueError("quantizer autoround learns from what a block reads of quantized ones; remove 'propagate'")
+        return self
+
+    @property
+    def layer_quantizer(self) -> Rtn | Gptq:
+        """The quantizer that makes the first codes of each layer, and the last unless its block is tuned."""
+        return self.quantizer.start if isinstance(self.quantizer, AutoRound) else self.quantizer
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with all defaults written out; ``load_recipe`` turns them back into this recipe."""
