@@ -180,48 +180,47 @@ def naive_autoround(
     loss: Callable[[list[Tensor], list[int]], Tensor],
     batches: Sequence[list[int]],
     *,
+    rate: float,
+    edge: float,
     ranges: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Rounding offsets [n, k] and rounded weights [n, k] after all steps: equations 3 to 5 in float64, by autograd.
 
     ``starts`` hold codes, scales and zero points, each spread to [n, k]; ``loss(weights, batch)`` is to be lowered.
+    Weights keep the distance ``edge`` from the ends of their code's interval.
     """
-    size = spec.group_size or weights[0].shape[1]
-
-    def spread(factor: Tensor) -> Tensor:
-        return factor.repeat_interleave(size, dim=1)
-
     moved, parameters = [], []
     for weight, (codes, scale, zero) in zip(weights, starts, strict=True):
         place = weight.double() / scale.double() + zero
         for row in range(len(place)):
             for column in range(place.shape[1]):
                 code = float(codes[row, column])
-                low = -math.inf if code == spec.qmin else code - 0.499
-                high = math.inf if code == spec.qmax else code + 0.499
+                low = -math.inf if code == spec.qmin else code - 0.5 + edge
+                high = math.inf if code == spec.qmax else code + 0.5 - edge
                 place[row, column] = min(max(float(place[row, column]), low), high)
         moved.append((place - zero) * scale.double())
         offset = torch.zeros_like(place, requires_grad=True)
-        factor = torch.ones(len(place), place.shape[1] // size, dtype=torch.float64, requires_grad=True)
+        groups = 1 if spec.group_size is None else place.shape[1] // spec.group_size
+        factor = torch.ones(len(place), groups, dtype=torch.float64, requires_grad=True)
         parameters.append((offset, factor))
 
     def rounded(index: int) -> Tensor:
         (_, start, zero), (offset, factor) = starts[index], parameters[index]
-        scale = start.double() * spread(factor)
+        scale = start.double() * factor.repeat_interleave(start.shape[1] // factor.shape[1], dim=1)
         place = moved[index] / scale + zero + offset
         codes = (place + (torch.round(place) - place).detach()).clamp(spec.qmin, spec.qmax)
         return scale * (codes - zero)
 
     for step, batch in enumerate(batches):
-        rate = (1.0 - step / len(batches)) / len(batches)
+        length = rate * (1.0 - step / len(batches))
         loss([rounded(index) for index in range(len(weights))], batch).backward()
         for offset, factor in parameters:
             assert offset.grad is not None
             assert factor.grad is not None
             with torch.no_grad():
-                offset.sub_(rate * offset.grad.sign()).clamp_(-0.5, 0.5)
+                offset.sub_(length * offset.grad.sign()).clamp_(-0.5, 0.5)
                 if ranges:
-                    factor.sub_(rate * factor.grad.sign()).clamp_(0.5, 1.5)
+                    factor.sub_(length * factor.grad.sign()).clamp_(0.5, 1.5)
             offset.grad = factor.grad = None
     with torch.no_grad():
         return [offset.detach() for offset, _ in parameters], [rounded(index) for index in range(len(weights))]

@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from vlaquant.passes.gptq import gptq
 from vlaquant.passes.rtn import round_to_nearest
 from vlaquant.scheme import Granularity, QuantSpec
 
+#: No sum of steps ends where a code's interval does, so that float32 and float64 round alike.
+_RATE = 0.1237
 N, K, SAMPLES, TOKENS = 16, 32, 6, 24
 SPECS = {
     "w2 group": QuantSpec(bits=2, granularity=Granularity.GROUP, group_size=16),
@@ -73,17 +76,20 @@ def full(values: Tensor | None, start: QuantizedWeight) -> Tensor:
 
 
 def check_oracle(module: types.ModuleType, spec: QuantSpec, *, ranges: bool) -> None:
-    """Equal offsets and weights, but where a gradient is next to nothing."""
+    """Equal offsets and weights, but where a gradient is next to nothing: few steps, as differences grow."""
     block = TwoLayers()
-    starts = by_gptq(block, spec)
+    # The largest weight of a group lies on the edge of its code's interval: a tie for float32 and float64
+    starts = {name: replace(start, scale=1.003 * start.scale) for name, start in by_gptq(block, spec).items()}
     layers = begin(module, block, starts)
-    module.autoround(layers, block, iterations=20, batch=2, ranges=ranges)
+    module.autoround(layers, block, iterations=4, rate=_RATE, batch=2, ranges=ranges)
     offsets, rounded = naive_autoround(
         list(block.weights.values()),
         [(s.codes, full(s.scale, s), full(s.zero, s)) for s in starts.values()],
         spec,
         lambda weights, batch: block.error(dict(zip(block.weights, weights, strict=True)), batch),
         block.drawn,
+        rate=_RATE,
+        edge=real._EDGE,
         ranges=ranges,
     )
     for layer, offset, weight in zip(layers.values(), offsets, rounded, strict=True):
@@ -132,29 +138,29 @@ def test_it_begins_with_the_very_codes_it_was_given(spec: str, dtype: torch.dtyp
         assert start.zero is None or torch.equal(again.zero, start.zero)
 
 
-def test_a_weight_that_was_rounded_to_nearest_is_not_moved() -> None:
+def test_weights_in_the_middle_of_their_interval_are_not_moved() -> None:
     weight = random_weight(N, K, 0)
     rounded = round_to_nearest(weight, SPECS["w3 channel"], scale_dtype=torch.float32)
     moved = start_from(weight, rounded).weight.reshape(weight.shape)
-    # But for those nearer to the edge of their interval than it may be
-    near = rounded.scale * real._EDGE * 1.01
-    assert ((moved - weight).abs() <= near).all()
+    far = (weight / rounded.scale - rounded.codes).abs()
+    assert torch.allclose(moved[far < 0.5 - real._EDGE], weight[far < 0.5 - real._EDGE])
+    assert ((moved / rounded.scale - rounded.codes).abs() <= torch.maximum(far, torch.tensor(0.5))).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_block_gets_better(spec: str, dtype: torch.dtype) -> None:
-    """Mean over seeds of the block's loss: well below that of GPTQ, and what is returned has that loss."""
+    """From plain rounding, mean over seeds of the block's loss; and what is returned has the loss that is returned."""
     shares = []
     for seed in range(3):
         block = TwoLayers(seed)
-        layers = begin(real, block, by_gptq(block, SPECS[spec], dtype))
-        result = autoround(layers, block, iterations=100, batch=4)
+        plain = {n: round_to_nearest(w, SPECS[spec], scale_dtype=dtype) for n, w in block.weights.items()}
+        result = autoround(begin(real, block, plain), block, iterations=100, batch=4)
         again = block.loss({name: weight.dequantize() for name, weight in result.weights.items()})
         assert again == pytest.approx(result.loss, rel=1e-4)
         assert all(weight.scale.dtype == dtype for weight in result.weights.values())
         shares.append(result.loss / result.loss_start)
-    assert sum(shares) / len(shares) < 0.8
+    assert sum(shares) / len(shares) < 0.7
 
 
 def test_never_worse_than_the_start() -> None:

@@ -26,8 +26,8 @@ from torch import Tensor
 from vlaquant.numerics import QuantizedWeight, as_quantized, split_groups, storable
 from vlaquant.scheme import QuantSpec
 
-#: How near to the edge of its code's interval a weight may be put.
-_EDGE = 1e-3
+#: How far from the ends of its code's interval a weight is put at least, so that no first steps round all of them anew.
+_EDGE = 0.25
 #: Bounds of V, and of α around 1.
 _REACH = 0.5
 #: How often the loss over all samples is looked at in a run.
