@@ -39,6 +39,8 @@ def check_gradients(module: types.ModuleType, spec: QuantSpec) -> None:
     rounded = module.fake_quantize_through(x, scale, zero, spec)
     assert torch.equal(rounded, fake_quantize(x.detach(), scale.detach(), zero, spec))
     (rounded * weight).sum().backward()
+    assert x.grad is not None
+    assert scale.grad is not None
     clamped = 0
     for row in range(5):
         s, z, slope = float(scale[row]), float(zero[row]), 0.0

@@ -174,7 +174,7 @@ def _loss_of(family: Family) -> Callable[[Any, Any], Tensor]:
 
 
 def _not_used(recipe: Recipe) -> list[str]:
-    kinds = [transform.kind for transform in recipe.transforms]
+    kinds: list[str] = [transform.kind for transform in recipe.transforms]
     return kinds if recipe.quantizer.kind == "rtn" else [*kinds, recipe.quantizer.kind]
 
 
@@ -196,6 +196,7 @@ def _train_and_pack_(
     with _rounded_inputs(model, plan.quantized, static):
         for name, layer in plan.quantized.items():
             linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
             assert layer.scheme is not None
             clip = getattr(recipe.layer_quantizer, "clip", "minmax")
             clip = "mse" if clip == "awq" else clip

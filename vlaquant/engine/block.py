@@ -184,7 +184,7 @@ class BlockLoss:
         """Squared error over all samples, as a share of the square of what the float block returns."""
         with torch.no_grad():
             errors = float(sum(self._error(one, weights).to(torch.float64) for one in self._examples.values()))
-        loss = sum(self._processes.gather(errors)) / self._power
+        loss: float = sum(self._processes.gather(errors)) / self._power
         if not loss < torch.inf:
             raise CalibrationError("the output of a block with rounded weights is not finite in float32")
         return loss

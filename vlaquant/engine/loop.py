@@ -112,8 +112,17 @@ class StageLoop:
         self._plan = plan.quantized
         self._tuner: BlockTuner | None = None
         if data is not None and data.floats is not None:
-            ways = {"runner": data.runner, "floats": data.floats, "samples": data.samples, "masks": data.masks}
-            self._tuner = BlockTuner(model, family, recipe, **ways, processes=processes, log=log)
+            self._tuner = BlockTuner(
+                model,
+                family,
+                recipe,
+                runner=data.runner,
+                floats=data.floats,
+                samples=data.samples,
+                masks=data.masks,
+                processes=processes,
+                log=log,
+            )
         self._folds = find_folds(model, family.folds)
         self._quantized = recipe.propagate == "quantized"
         self.packed: dict[str, QuantLinear] = {}

@@ -186,6 +186,10 @@ class Gptq(Section):
     act_order: bool = True
 
 
+#: Of one layer.
+Quantizer = Annotated[Rtn | Gptq, Field(discriminator="kind")]
+
+
 class AutoRound(Section):
     """Learn how the weights of each block are rounded, so that the block's output stays; takes minutes a block.
 
@@ -200,7 +204,7 @@ class AutoRound(Section):
     """
 
     kind: Literal["autoround"] = "autoround"
-    start: Annotated[Rtn | Gptq, Field(discriminator="kind")] = Gptq()
+    start: Quantizer = Gptq()
     iterations: PositiveInt = 200
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     batch: PositiveInt = 8
@@ -285,7 +289,6 @@ class Text(Section):
 
 
 Transform = Annotated[SmoothQuant | Awq | LayerScale, Field(discriminator="kind")]
-Quantizer = Annotated[Rtn | Gptq | AutoRound, Field(discriminator="kind")]
 Calibration = Annotated[Episodes | LeRobot | JsonLines | Text, Field(discriminator="kind")]
 
 #: Key of the recipe -> {kind: the section it then holds}.
@@ -321,7 +324,7 @@ class Recipe(Section):
     rules: Annotated[tuple[Rule, ...], Field(strict=False), AfterValidator(_some_rules)]
     on_indivisible: OnIndivisible = "error"
     transforms: Annotated[tuple[Transform, ...], Field(strict=False)] = ()
-    quantizer: Quantizer = Rtn()
+    quantizer: Annotated[Quantizer | AutoRound, Field(discriminator="kind")] = Rtn()
     propagate: Literal["quantized", "float"] = "quantized"
     calibration: Calibration | None = None
     seed: Annotated[int, Field(ge=0)] = 0
@@ -333,7 +336,7 @@ class Recipe(Section):
         return self
 
     @property
-    def layer_quantizer(self) -> Rtn | Gptq:
+    def layer_quantizer(self) -> Quantizer:
         """The quantizer that makes the first codes of each layer, and the last unless its block is tuned."""
         return self.quantizer.start if isinstance(self.quantizer, AutoRound) else self.quantizer
 
