@@ -243,3 +243,56 @@ def naive_statistics(x: Tensor) -> dict[str, Tensor]:
         "mean_abs": x.abs().mean(dim=0),
         "hessian": naive_hessian(x),
     }
+
+
+def naive_autoround(
+    weights: Sequence[Tensor],
+    starts: Sequence[tuple[Tensor, Tensor, Tensor]],
+    spec: QuantSpec,
+    loss: Callable[[list[Tensor], list[int]], Tensor],
+    batches: Sequence[list[int]],
+    *,
+    rate: float,
+    edge: float,
+    ranges: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Rounding offsets [n, k] and rounded weights [n, k] after all steps: equations 3 to 5 in float64, by autograd.
+
+    ``starts`` hold codes, scales and zero points, each spread to [n, k]; ``loss(weights, batch)`` is to be lowered.
+    Weights keep the distance ``edge`` from the ends of their code's interval.
+    """
+    moved, parameters = [], []
+    for weight, (codes, scale, zero) in zip(weights, starts, strict=True):
+        place = weight.double() / scale.double() + zero
+        for row in range(len(place)):
+            for column in range(place.shape[1]):
+                code = float(codes[row, column])
+                low = -math.inf if code == spec.qmin else code - 0.5 + edge
+                high = math.inf if code == spec.qmax else code + 0.5 - edge
+                place[row, column] = min(max(float(place[row, column]), low), high)
+        moved.append((place - zero) * scale.double())
+        offset = torch.zeros_like(place, requires_grad=True)
+        groups = 1 if spec.group_size is None else place.shape[1] // spec.group_size
+        factor = torch.ones(len(place), groups, dtype=torch.float64, requires_grad=True)
+        parameters.append((offset, factor))
+
+    def rounded(index: int) -> Tensor:
+        (_, start, zero), (offset, factor) = starts[index], parameters[index]
+        scale = start.double() * factor.repeat_interleave(start.shape[1] // factor.shape[1], dim=1)
+        place = moved[index] / scale + zero + offset
+        codes = (place + (torch.round(place) - place).detach()).clamp(spec.qmin, spec.qmax)
+        return scale * (codes - zero)
+
+    for step, batch in enumerate(batches):
+        length = rate * (1.0 - step / len(batches))
+        loss([rounded(index) for index in range(len(weights))], batch).backward()
+        for offset, factor in parameters:
+            assert offset.grad is not None
+            assert factor.grad is not None
+            with torch.no_grad():
+                offset.sub_(length * offset.grad.sign()).clamp_(-0.5, 0.5)
+                if ranges:
+                    factor.sub_(length * factor.grad.sign()).clamp_(0.5, 1.5)
+            offset.grad = factor.grad = None
+    with torch.no_grad():
+        return [offset.detach() for offset, _ in parameters], [rounded(index) for index in range(len(weights))]

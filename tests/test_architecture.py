@@ -31,6 +31,7 @@ ORDER = [
     "export",
     "result",
     "pipeline",
+    "training",
     "evaluate",
     "benchmark",
     "report",

@@ -113,9 +113,11 @@ def test_what_is_left_to_the_quantizer_pays() -> None:
         x = shifted_inputs(seed=3)
         work = work_of(stats_of(x))
         assert work.stats is not None
+        assert work.bias is not None
         rounded, _ = quantize_layers({"a": replace(work, stats=centered(work.stats)) if center else work}, Gptq())["a"]
         wanted = x @ work.weight.T + work.bias
         real.correct_bias_(work, rounded)
+        assert work.bias is not None
         errors.append(float((x @ rounded.dequantize().T + work.bias - wanted).square().mean()))
     assert errors[1] < 0.9 * errors[0]
 
@@ -132,7 +134,8 @@ class TwoLayers(nn.Module):
 
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
 def test_a_recipe_asks_for_it(quantizer: str) -> None:
-    x, errors = shifted_inputs(seed=4), {}
+    x = shifted_inputs(seed=4)
+    errors: dict[bool, float] = {}
     for correction in (False, True):
         torch.manual_seed(0)
         model = TwoLayers()

@@ -6,5 +6,17 @@ from vlaquant.pipeline import plan, quantize
 from vlaquant.plan import Plan
 from vlaquant.recipe import Recipe, load_recipe
 from vlaquant.result import QuantizationResult
+from vlaquant.training import Training, finetune
 
-__all__ = ["Plan", "QuantizationResult", "Recipe", "VlaquantError", "load", "load_recipe", "plan", "quantize"]
+__all__ = [
+    "Plan",
+    "QuantizationResult",
+    "Recipe",
+    "Training",
+    "VlaquantError",
+    "finetune",
+    "load",
+    "load_recipe",
+    "plan",
+    "quantize",
+]

@@ -31,6 +31,7 @@ from vlaquant.pipeline import plan, quantize
 from vlaquant.plan import plan_from_dict
 from vlaquant.recipe import load_recipe
 from vlaquant.report import Measured, measure, read_report, render, render_comparison
+from vlaquant.training import Training, finetune
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -92,6 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--log", type=Path, metavar="FILE", help="log of the run, JSON lines (default: OUTPUT.log.jsonl)")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     run.set_defaults(command=_quantize)
+
+    qat = commands.add_parser("qat", help="fine-tune with rounded weights for a while, and write a packed checkpoint")
+    _add_recipe_arguments(qat)
+    qat.add_argument("--output", type=Path, required=True, help="directory to write")
+    qat.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    qat.add_argument("--steps", type=int, required=True, metavar="N", help="of the optimizer")
+    qat.add_argument("--learning-rate", type=float, default=1e-4, help="of the first step; falls linearly to 0")
+    qat.add_argument("--batch", type=int, default=8, help="demonstrations a step")
+    qat.set_defaults(command=_qat)
 
     show = commands.add_parser("plan", help="print what a recipe would do to a model")
     _add_recipe_arguments(show)
@@ -214,6 +224,13 @@ def _quantize(args: argparse.Namespace) -> None:
         print(result)
 
 
+def _qat(args: argparse.Namespace) -> None:
+    recipe = load_recipe(args.config)
+    training = Training(args.steps, args.learning_rate, args.batch)
+    model = _model_directory(args, recipe.model)
+    print(finetune(model, recipe, training, output=args.output, overwrite=args.overwrite, progress=True))
+
+
 def _plan(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.config)
     made = plan(_model_directory(args, recipe.model), recipe)
@@ -334,7 +351,7 @@ def _summary(manifest: dict[str, Any]) -> str:
     size = manifest["bytes_on_disk"]
     lines = [
         f"made with   {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}",
-        f"quantizer   {manifest['recipe']['quantizer']['kind']}",
+        f"quantizer   {'qat' if 'qat' in manifest else manifest['recipe']['quantizer']['kind']}",
         f"weights     {size['weights']:,} bytes on disk"
         + (f", from {size['source_weights']:,}" if size["source_weights"] else ""),
         f"verified    {manifest['verification']}",

@@ -85,13 +85,13 @@ def qparams(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) -> t
     high = high.to(torch.float32).clamp(min=0.0)
     steps = spec.qmax - spec.qmin
     if spec.symmetric:
-        scale = _storable(torch.maximum(-low, high) / (steps / 2), dtype)
+        scale = storable(torch.maximum(-low, high) / (steps / 2), dtype)
         return scale, torch.zeros_like(scale)
-    scale = _storable((high - low) / steps, dtype)
+    scale = storable((high - low) / steps, dtype)
     return scale, (spec.qmin - low / scale).round().clamp(spec.qmin, spec.qmax)
 
 
-def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` as ``dtype`` would hold it, in float32. Zero (an all-zero range, or an underflow) becomes the smallest.
 
     Small scales are not rare in float16, whose normal numbers end at 6e-5 (a row of 8 bits with values below 0.008), so
@@ -140,7 +140,7 @@ def full_range(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) -
     scale, zero = qparams(low, high, spec, dtype)
     if not _turns(spec):
         return scale, zero
-    scale = _storable(torch.maximum(-low, high).to(torch.float32) / -spec.qmin, dtype)
+    scale = storable(torch.maximum(-low, high).to(torch.float32) / -spec.qmin, dtype)
     return torch.where(high > -low, -scale, scale), zero
 
 

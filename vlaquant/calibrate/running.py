@@ -171,6 +171,25 @@ class StageRunner:
         whose = stage.unit if stop.reached else "the whole run"
         return tensors | {f"{whose} ({number})": _some_rows(end) for number, end in enumerate(ends)}
 
+    def call(self, stage_index: int, sample_index: int, sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the unit of a stage is called with, which must be one that replays; it does not run."""
+        unit = self._flow.stages[stage_index].unit
+        assert self._replays(unit), unit
+        stop = _Stop()
+
+        def caught(*args: Any, **kwargs: Any) -> None:
+            stop.value, stop.reached = (args, kwargs), True
+            raise stop
+
+        with ExitStack() as stack:
+            self._answer_finished(stack, stage_index, sample_index)
+            stack.enter_context(replaced_forward(self._model.get_submodule(unit), caught))
+            self._run_until(stop, sample, sample_index)
+        if not stop.reached:
+            raise _another_way(f"{unit} did not run", sample_index)
+        args, kwargs = stop.value
+        return args, kwargs
+
     def finished(self, stage_index: int) -> None:
         """Drop the outputs that no stage after this one needs."""
         kept = self._flow.kept(stage_index)

@@ -195,8 +195,8 @@ class RunningStats:
     def copy(self) -> "RunningStats":
         """The same sums in memory of their own."""
         strips = [strip.clone() for strip in self.strips]
-        copied = {"sum": self.sum.clone(), "abs_sum": self.abs_sum.clone(), "weight": self.weight.clone()}
-        return replace(self, **copied, strips=strips)
+        total, absolute, weight = self.sum.clone(), self.abs_sum.clone(), self.weight.clone()
+        return replace(self, sum=total, abs_sum=absolute, weight=weight, strips=strips)
 
     @_normal_tensors
     def stats(self) -> ActStats:

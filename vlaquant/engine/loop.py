@@ -14,6 +14,7 @@ from vlaquant.calibrate.running import StageRunner
 from vlaquant.calibrate.statistics import final_stats
 from vlaquant.calibrate.units import Stage
 from vlaquant.checkpoint import TensorFiles
+from vlaquant.engine.block import BlockTuner
 from vlaquant.engine.fingerprint import digest
 from vlaquant.engine.log import RunLog
 from vlaquant.engine.masking import Masks, layer_masks
@@ -39,7 +40,7 @@ from vlaquant.passes.bias import correct_bias_
 from vlaquant.passes.layer import LayerRecord, Work, quantize_layers, solve_groups
 from vlaquant.passes.transform import TransformRecord
 from vlaquant.plan import LayerPlan, Plan
-from vlaquant.recipe import Recipe
+from vlaquant.recipe import AutoRound, Recipe, pairs_inputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,6 +116,19 @@ class StageLoop:
         self._processes = processes
         self._positions = processes.positions(len(data.samples) if data is not None else 0)
         self._plan = plan.quantized
+        self._tuner: BlockTuner | None = None
+        if data is not None and data.float_runner is not None and isinstance(recipe.quantizer, AutoRound):
+            self._tuner = BlockTuner(
+                model,
+                family,
+                recipe,
+                runner=data.runner,
+                floats=data.float_runner,
+                samples=data.samples,
+                masks=data.masks,
+                processes=processes,
+                log=log,
+            )
         self._folds = find_folds(model, family.folds)
         self._quantized = recipe.propagate == "quantized"
         self.packed: dict[str, QuantLinear] = {}
@@ -172,7 +186,10 @@ class StageLoop:
             for record in transforms:
                 if record.reverted is not None:
                     self._log.say(f"{record.source}: the {record.kind} scale is taken back: it {record.reverted}")
+        live = {name: work for name, work in works.items() if work.stats is not None}
         packed, records = self._solve(works)
+        if self._tuner is not None and live:
+            self._tuner.tune_(index, stage.unit, live, packed, records)
         return StageResult(packed, tuple(records[name] for name in layers), transforms)
 
     def _require_agreement(self, stage: Stage, transforms: Sequence[TransformRecord]) -> None:
@@ -213,7 +230,7 @@ class StageLoop:
         started = time.perf_counter()
         for work in group.values():
             work.weight = work.weight.to(torch.float32)
-        solved = quantize_layers(group, self._recipe.quantizer)
+        solved = quantize_layers(group, self._recipe.layer_quantizer)
         if self._recipe.bias_correction:
             for name, (codes, _) in solved.items():
                 correct_bias_(group[name], codes)
@@ -233,13 +250,15 @@ class StageLoop:
         in_order = [name for name in self._data.once if name in live]
         last = in_order[-1] if len(in_order) == len(live) and not keep else None
         floats, later = self._data.float_runner, index + 1 < self._last_observed()
-        with observe(
-            self._model, live, hessian_for=live, seed=self._recipe.seed, paired=floats is not None
-        ) as observation:
+        paired = pairs_inputs(self._recipe)
+        if floats is not None and not paired and later:
+            for position in self._positions:
+                self._run(index, position, floats, store=True)
+        with observe(self._model, live, hessian_for=live, seed=self._recipe.seed, paired=paired) as observation:
             for position in self._positions:
                 masks = layer_masks(self._family, self._data.masks.get(position, {}), live)
                 observation.begin_sample(masks, weights=self._data.weights.get(position), index=position)
-                if floats is not None:
+                if floats is not None and paired:
                     with observation.float_chain():
                         self._run(index, position, floats, store=later, before=None if later else last)
                 output = self._run(index, position, store=keep, before=last)

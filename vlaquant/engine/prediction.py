@@ -88,6 +88,7 @@ def predict(
     keep_all: bool,
     streamed: bool,
     activations: int,
+    tuning: int,
     seconds: float | None,
     limit: int,
     paired: int | None = None,
@@ -102,6 +103,7 @@ def predict(
         keep_all: as for :func:`stage_memory`.
         streamed: whether weights come on demand, or all lie in memory.
         activations: bytes of stored outputs of one unit, for all samples and chains.
+        tuning: bytes that tuning a block needs on top.
         seconds: as measured and extrapolated by the caller.
         limit: bytes that the process may hold; what is left of it is for activations.
         paired: as for :func:`stage_memory`.
@@ -126,7 +128,7 @@ def predict(
     largest = max(needs, key=lambda unit: needs[unit])
     outside = sum(sizes.values()) - sum(units.values())
     loaded = outside if streamed else sum(sizes.values()) + plan.bytes_after
-    memory = resident_memory() + loaded + needs[largest]
+    memory = resident_memory() + loaded + needs[largest] + tuning
     # Two generations are there while a stage hands on to the next
     room = min(2 * activations, max(limit - memory, 0))
     disk = (2 if streamed else 1) * plan.bytes_after + 2 * activations

@@ -157,6 +157,14 @@ class Processes:
             with _together():
                 dist.broadcast(tensor.view(-1).view(torch.uint8), group=self._group, group_src=owner)
 
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Put the sum over all processes into contiguous tensors, which are shaped alike in all of them."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            with _together():
+                dist.all_reduce(tensor, group=self._group)
+
     def merge(
         self, names: Sequence[str], running: Mapping[str, RunningStats], device: torch.device
     ) -> dict[str, RunningStats]:

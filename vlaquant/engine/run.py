@@ -19,6 +19,7 @@ from vlaquant.calibrate.probing import probe
 from vlaquant.calibrate.running import StageRunner, blamed_on
 from vlaquant.calibrate.units import find_units
 from vlaquant.checkpoint import TensorFiles, source_identity
+from vlaquant.engine.block import require_blocks, tuning_memory
 from vlaquant.engine.chains import FLOAT_CHAIN, require_float_chain
 from vlaquant.engine.fingerprint import fingerprint, first_difference, package_versions
 from vlaquant.engine.log import RunLog
@@ -36,7 +37,7 @@ from vlaquant.errors import CalibrationError, ExportError
 from vlaquant.families import Inputs
 from vlaquant.linear import Table, replace_module_
 from vlaquant.plan import Plan, with_dead, without
-from vlaquant.recipe import Recipe, needs_calibration, needs_float_chain
+from vlaquant.recipe import AutoRound, Recipe, needs_calibration, needs_float_chain, pairs_inputs
 
 _MIN_TOKENS = 32
 #: Memory for the weights of units that run again and again, if there is so much to spare.
@@ -229,7 +230,11 @@ class QuantizationRun:
 
     def _predict(self, plan: Plan, data: Probed | None) -> Prediction:
         """What the stages will need; refuses what cannot fit. Activations beyond the memory go to the disk."""
-        limit, chains = self._limit(), 2 if self._two_chains else 1
+        limit = self._limit()
+        activations = 0 if data is None else data.flow.bytes_per_sample * len(data.samples)
+        tuning = 0
+        if data is not None and isinstance(self._recipe.quantizer, AutoRound):
+            tuning = tuning_memory(plan, data.flow, activations)
         prediction = predict(
             self.opened.model,
             plan,
@@ -237,8 +242,9 @@ class QuantizationRun:
             with_data=data is not None,
             keep_all=bool(self._recipe.scalings),
             streamed=self.opened.files is not None,
-            activations=0 if data is None else chains * data.flow.bytes_per_sample * len(data.samples),
-            paired=data.flow.bytes_per_sample if data is not None and self._two_chains else None,
+            activations=(2 if self._two_chains else 1) * activations,
+            tuning=tuning,
+            paired=data.flow.bytes_per_sample if data is not None and pairs_inputs(self._recipe) else None,
             seconds=None if data is None else self._seconds(data),
             limit=limit,
         )
@@ -267,7 +273,9 @@ class QuantizationRun:
             PlanError: too little memory, or a model that the recipe's quantizer cannot see in float.
             ExportError: too little disk; an unfinished run is in the way, or was another one.
         """
-        if data is not None and self._two_chains:
+        if data is not None and isinstance(self._recipe.quantizer, AutoRound):
+            require_blocks(plan, data.flow, self._options.mode)
+        elif data is not None and self._two_chains:
             require_float_chain(data.flow, plan, self._options.mode)
         prediction = self._predict(plan, data)
         if self.opened.files is not None:

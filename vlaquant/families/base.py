@@ -100,6 +100,7 @@ class Family:
             where they never do.
         converted: source directory -> what of it becomes something else in an output.
         stream: the residual stream, where it can be rotated; None if it cannot, or nobody has described it.
+        loss: (model, sample) -> what training on a demonstration lowers, a scalar with gradients. None: not known here.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Family:
     live_names: Callable[[nn.Module, Sequence[str]], dict[str, str]] | None = None
     converted: Callable[[Path], Converted] = nothing_converted
     stream: Stream | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
 
     def why_float(self, module_name: str) -> str | None:
         """Why a Linear stays as it is unless a rule names it; None if nothing speaks for that."""

@@ -133,6 +133,15 @@ def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     return {"language": types, "head": types}
 
 
+def _loss(model: nn.Module, sample: Any) -> Tensor:
+    """Cross-entropy of each next token of a text."""
+    if not isinstance(sample, Tensor):
+        raise CalibrationError("a model of transformers learns from texts here; an Observation holds none to predict")
+    inputs = _inputs(model, sample)
+    loss: Tensor = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+    return loss
+
+
 def _example(model: Any) -> Inputs:
     """A made-up picture where the model reads pictures and its processor can be opened, else tokens."""
     if _sees(model) and getattr(model, "processor", None) is not None:
@@ -223,4 +232,5 @@ HF = Family(
             rf"{_ANYWHERE}multi_modal_projector\.(?:layer_norm|linear_1)",
         ),
     ),
+    loss=_loss,
 )

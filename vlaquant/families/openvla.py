@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from vlaquant.errors import CalibrationError, CheckpointError
@@ -212,6 +213,20 @@ def _objective(model: OpenVLAForActionPrediction, inputs: Inputs) -> Tensor:
     return sampled_surprise(decided[:, -count:])
 
 
+def _loss(model: OpenVLAForActionPrediction, sample: Any) -> Tensor:
+    """Cross-entropy of the demonstrated action's tokens, or the mean absolute error of a head's normalized chunk."""
+    inputs = _inputs(model, sample)
+    if sample.action is None:
+        raise CalibrationError(f"episode {sample.episode}: holds no action to learn from; use data with actions")
+    stats = action_statistics(model.config.norm_stats, sample.unnorm_key, bounds=model.config.action_normalization)
+    action, output = normalize(sample.action, stats), _run(model, inputs)
+    if model.config.action_decoding == "regression":
+        target = torch.from_numpy(action).to(output).reshape(1, -1, output.shape[-1])
+        return F.l1_loss(output, target)
+    tokens = torch.from_numpy(model.action_tokens.encode(action)).to(output.device).flatten()
+    return F.cross_entropy(output[0, -len(tokens) :].float(), tokens)
+
+
 def _prompt(inputs: Inputs) -> Inputs:
     """What the policy sees on the robot: no demonstrated action."""
     length = int(inputs["prompt_tokens"]) if "prompt_tokens" in inputs else inputs["input_ids"].shape[1]
@@ -287,4 +302,5 @@ OPENVLA = Family(
         inputs=((r"projector\.fc3", r"projector\.fc2"),),
         apart=(r"vision_backbone\..*", r"projector\.fc[12]"),
     ),
+    loss=_loss,
 )

@@ -149,6 +149,17 @@ def _run(model: Any, inputs: Inputs) -> Tensor:
     return torch.cat([sampled, velocity], dim=1)
 
 
+def _loss(model: Any, sample: Any) -> Tensor:
+    """The squared error of the velocity at a random time of a random path to the demonstrated action."""
+    inputs = _inputs(model, sample)
+    if "actions" not in inputs:
+        raise CalibrationError(f"episode {sample.episode}: holds no action to learn from; use data with actions")
+    # The model draws noise and time itself where they are not given
+    given = {name: tensor for name, tensor in inputs.items() if name not in {"noise", "timestep"}}
+    loss: Tensor = model(**given).loss
+    return loss.mean()
+
+
 def _sample(model: Any, inputs: Inputs, steps: int | None = None) -> Tensor:
     """The normalized action [1, chunk, dims] after all denoising steps, or fewer."""
     seen = ("state", "input_ids", "pixel_values", "noise", "attention_mask", "pixel_attention_mask")
@@ -266,5 +277,6 @@ PI0 = Family(
     token_masks=_token_masks,
     token_types=_token_types,
     objective=_objective,
+    loss=_loss,
     live_names=live_names,
 )

@@ -110,7 +110,7 @@ def _solve(works: Mapping[str, Work], quantizer: Quantizer) -> dict[str, tuple[Q
     plain = round_to_nearest(weight, spec, scale_dtype=first.scale_dtype)
     result, notes = _with_data(weight, plain, stats, quantizer, first.scale_dtype)
     if quantizer.refit:
-        result = refit_scales(weight, result, hessian)
+        result = refit_scales(weight, result, stats.hessian)
     rows = _rows([len(work.weight) for work in works.values()])
     losses_rtn, powers = (_losses(codes, weight, stats, rows) for codes in (plain, None))
     losses = losses_rtn if result is plain else _losses(result, weight, stats, rows)

@@ -10,7 +10,7 @@ from vlaquant.errors import PlanError
 from vlaquant.families import Family
 from vlaquant.linear import empty_linear, empty_table, is_replaceable, table_kind, table_objection
 from vlaquant.plan.verdicts import LayerPlan, OtherTensor, Plan, TablePlan
-from vlaquant.recipe import Recipe, Rule
+from vlaquant.recipe import Recipe, Rotation, Rule
 from vlaquant.recipe.words import did_you_mean
 from vlaquant.scheme import Scheme
 
@@ -133,6 +133,7 @@ def _unknown_parts(recipe: Recipe, quantized: set[str]) -> list[str]:
         f"transforms[{position}] ({transform.kind}): no layer of part {part!r} is quantized; parts with quantized "
         f"layers: {', '.join(sorted(quantized)) or 'none'}{did_you_mean(part, quantized)}"
         for position, transform in enumerate(recipe.transforms)
+        if not isinstance(transform, Rotation)
         for part in transform.parts or ()
         if part not in quantized
     ]

@@ -4,9 +4,10 @@ Parsed strictly: a key that is not known, a value of the wrong type or a scheme 
 names the line, the place and the nearest legal word. What a recipe means for a model is decided in ``plan``.
 """
 
-from vlaquant.recipe.needs import needs_calibration, needs_float_chain, require_calibration
+from vlaquant.recipe.needs import needs_calibration, needs_float_chain, pairs_inputs, require_calibration
 from vlaquant.recipe.parsing import load_recipe
 from vlaquant.recipe.sections import (
+    AutoRound,
     Awq,
     Calibration,
     Episodes,
@@ -29,6 +30,7 @@ from vlaquant.recipe.sections import (
 )
 
 __all__ = [
+    "AutoRound",
     "Awq",
     "Calibration",
     "Episodes",
@@ -51,5 +53,6 @@ __all__ = [
     "load_recipe",
     "needs_calibration",
     "needs_float_chain",
+    "pairs_inputs",
     "require_calibration",
 ]

@@ -1,7 +1,7 @@
 """Which parts of a recipe cannot work without calibration data."""
 
 from vlaquant.errors import RecipeError
-from vlaquant.recipe.sections import Gptaq, Gptq, LayerScale, Recipe, Rotation, Rtn
+from vlaquant.recipe.sections import AutoRound, Gptaq, Gptq, LayerScale, Recipe, Rotation, Rtn
 
 
 def needs_calibration(recipe: Recipe) -> list[str]:
@@ -16,7 +16,9 @@ def needs_calibration(recipe: Recipe) -> list[str]:
             continue
         why = "is checked on real inputs" if isinstance(transform, LayerScale) else "scales come from activations"
         reasons.append(f"transforms[{position}] ({transform.kind}: {why})")
-    if isinstance(recipe.quantizer, Gptq | Gptaq):
+    if isinstance(recipe.quantizer, AutoRound):
+        reasons.append("quantizer (autoround: learns from real inputs)")
+    elif isinstance(recipe.quantizer, Gptq | Gptaq):
         reasons.append(f"quantizer ({recipe.quantizer.kind}: minimizes the error on real inputs)")
     elif recipe.quantizer.clip == "awq":
         reasons.append("quantizer (clip awq: ranges are searched on real inputs)")
@@ -31,7 +33,12 @@ def needs_calibration(recipe: Recipe) -> list[str]:
 
 def needs_float_chain(recipe: Recipe) -> bool:
     """Whether the quantizer compares what layers read with what they read in the float model."""
-    return isinstance(recipe.quantizer, Gptaq)
+    return isinstance(recipe.quantizer, AutoRound) or pairs_inputs(recipe)
+
+
+def pairs_inputs(recipe: Recipe) -> bool:
+    """Whether every token that a layer reads is compared with the same token in the float model."""
+    return isinstance(recipe.layer_quantizer, Gptaq)
 
 
 def require_calibration(recipe: Recipe) -> None:

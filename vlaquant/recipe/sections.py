@@ -262,6 +262,31 @@ class Gptaq(_ColumnByColumn):
     alpha: float = Field(default=1.0, ge=0.0, le=1.0)
 
 
+#: Of one layer.
+Quantizer = Annotated[Rtn | Gptq | Gptaq, Field(discriminator="kind")]
+
+
+class AutoRound(Section):
+    """Learn how the weights of each block are rounded, so that the block's output stays; takes minutes a block.
+
+    Needs blocks that run once a sample, and ``propagate: quantized``.
+
+    Attributes:
+        start: the quantizer whose codes it begins with, and never does worse than.
+        iterations: steps of signed gradient descent.
+        learning_rate: length of the first step; by default 1 / iterations.
+        batch: samples a step.
+        ranges: whether the range of each group is learnt too.
+    """
+
+    kind: Literal["autoround"] = "autoround"
+    start: Quantizer = Gptq()
+    iterations: PositiveInt = 200
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    batch: PositiveInt = 8
+    ranges: bool = True
+
+
 class TypeWeights(Section):
     """What a token of each type counts for in Hessians and in the losses of searches; padding counts for nothing.
 
@@ -387,14 +412,13 @@ class Text(Section):
 Transform = Annotated[SmoothQuant | Awq | LayerScale, Field(discriminator="kind")]
 #: A rotation changes the whole model before its first stage, all others are done stage by stage.
 AnyTransform = Annotated[SmoothQuant | Awq | LayerScale | Rotation, Field(discriminator="kind")]
-Quantizer = Annotated[Rtn | Gptq | Gptaq, Field(discriminator="kind")]
 TokenWeights = Annotated[TypeWeights | GradientWeights, Field(discriminator="kind")]
 Calibration = Annotated[Episodes | LeRobot | JsonLines | Text, Field(discriminator="kind")]
 
 #: Key of the recipe -> {kind: the section it then holds}.
 KINDS: dict[str, dict[str, type[Section]]] = {
     "transforms": {"smoothquant": SmoothQuant, "awq": Awq, "layerscale": LayerScale, "rotation": Rotation},
-    "quantizer": {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq},
+    "quantizer": {"rtn": Rtn, "gptq": Gptq, "gptaq": Gptaq, "autoround": AutoRound},
     "token_weights": {"types": TypeWeights, "gradient": GradientWeights},
     "calibration": {"episodes": Episodes, "lerobot": LeRobot, "jsonl": JsonLines, "text": Text},
 }
@@ -437,7 +461,7 @@ class Recipe(Section):
     rules: Annotated[tuple[Rule, ...], Field(strict=False), AfterValidator(_some_rules)]
     on_indivisible: OnIndivisible = "error"
     transforms: Annotated[tuple[AnyTransform, ...], Field(strict=False), AfterValidator(_rotation_first)] = ()
-    quantizer: Quantizer = Rtn()
+    quantizer: Annotated[Quantizer | AutoRound, Field(discriminator="kind")] = Rtn()
     bias_correction: bool = False
     propagate: Literal["quantized", "float"] = "quantized"
     token_weights: TokenWeights | None = None
@@ -457,15 +481,25 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _something_to_correct(self) -> Self:
-        if isinstance(self.quantizer, Gptaq) and self.propagate == "float":
+        quantizer = self.layer_quantizer
+        if isinstance(self.quantizer, AutoRound) and self.propagate != "quantized":
+            raise ValueError("quantizer autoround learns from what a block reads of quantized ones; remove 'propagate'")
+        if isinstance(self.quantizer, AutoRound) and self.bias_correction:
+            raise ValueError("quantizer autoround learns with biases as they are; remove 'bias_correction'")
+        if isinstance(quantizer, Gptaq) and self.propagate == "float":
             raise ValueError(
                 "quantizer gptaq makes up for what earlier quantized layers changed, and with 'propagate: float' they "
                 "change nothing; use gptq, or 'propagate: quantized'"
             )
-        if isinstance(self.quantizer, Gptaq) and (self.quantizer.refit or self.bias_correction):
-            which = "refit" if self.quantizer.refit else "bias_correction"
+        if isinstance(quantizer, Gptaq) and (quantizer.refit or self.bias_correction):
+            which = "refit" if quantizer.refit else "bias_correction"
             raise ValueError(f"quantizer gptaq does not go with '{which}'; use gptq, or leave it out")
         return self
+
+    @property
+    def layer_quantizer(self) -> Quantizer:
+        """The quantizer that makes the first codes of each layer, and the last unless its block is tuned."""
+        return self.quantizer.start if isinstance(self.quantizer, AutoRound) else self.quantizer
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with all defaults written out; ``load_recipe`` turns them back into this recipe."""
