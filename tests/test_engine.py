@@ -125,7 +125,7 @@ def test_a_stage_is_what_the_solver_makes_of_the_inputs_it_should_see(propagate:
         engine: Any = packed.get_submodule(name)
         weight = model.get_parameter(f"{name}.weight").detach()
         work = Work(weight, None, engine.scheme, stats[name], torch.float32)
-        codes, _ = quantize_layers({name: work}, load_recipe(LANGUAGE).quantizer)[name]
+        codes, _ = quantize_layers({name: work}, load_recipe(LANGUAGE).layer_quantizer)[name]
         assert torch.equal(codes.dequantize(), engine.dequantize()), name
 
 
