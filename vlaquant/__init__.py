@@ -6,5 +6,17 @@ from vlaquant.pipeline import plan, quantize
 from vlaquant.plan import Plan
 from vlaquant.recipe import Recipe, load_recipe
 from vlaquant.result import QuantizationResult
+from vlaquant.sensitivity import Scan, sensitivity
 
-__all__ = ["Plan", "QuantizationResult", "Recipe", "VlaquantError", "load", "load_recipe", "plan", "quantize"]
+__all__ = [
+    "Plan",
+    "QuantizationResult",
+    "Recipe",
+    "Scan",
+    "VlaquantError",
+    "load",
+    "load_recipe",
+    "plan",
+    "quantize",
+    "sensitivity",
+]

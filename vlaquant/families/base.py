@@ -67,6 +67,22 @@ def nothing_converted(directory: Path) -> Converted:
     return Converted()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What an action or the next words are chosen from, with gradients where they are enabled.
+
+    Attributes:
+        output: float32 [rows, n]: logits of n tokens, one row for each token to choose; or numbers that are the action,
+            or lead to it.
+        tokens: whether these are logits.
+        bins: [n], the bin of the action that each token stands for; None for words and numbers.
+    """
+
+    output: Tensor
+    tokens: bool
+    bins: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One kind of model.
@@ -88,6 +104,8 @@ class Family:
             rule with a pattern that matches one decides.
         act: (model, inputs) -> the action [chunk, action dimension], float, as ``run`` would lead to it on the robot.
             Noise that it needs is part of the inputs, so that two models act from the same one. None: it takes none.
+        decide: (model, inputs) -> what the action is chosen from, in one pass that gradients go through. None: there is
+            no such pass.
         token_masks: (model, inputs) -> {part: bool}, True for what counts; [b, t] for tokens, [b] for whole images.
             Only parts with padding or dummy cameras are in it, and layers by name that read other tokens than their
             part.
@@ -114,6 +132,7 @@ class Family:
     check: Callable[[Any, Inputs], None]
     keep_float: tuple[tuple[str, str], ...] = ()
     act: Callable[[Any, Inputs], Tensor] | None = None
+    decide: Callable[[Any, Inputs], Decision] | None = None
     token_masks: Callable[[Any, Inputs], dict[str, Tensor]] = nothing_masked
     token_types: Callable[[Any, Inputs], dict[str, Tensor]] = one_type
     objective: Callable[[Any, Inputs], Tensor] | None = None

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from vlaquant.errors import CalibrationError, CheckpointError
-from vlaquant.families.base import Family, Inputs, TokenType, empty_weights, ready
+from vlaquant.families.base import Decision, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
 from vlaquant.families.hf_samples import image_text_inputs
 from vlaquant.families.objectives import sampled_surprise
@@ -132,6 +132,11 @@ def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     return {"language": types, "head": types}
 
 
+def _decide(model: nn.Module, inputs: Inputs) -> Decision:
+    """Logits of every token but the first."""
+    return Decision(_run(model, inputs)[0, :-1].float(), tokens=True)
+
+
 def _example(model: Any) -> Inputs:
     """A made-up picture where the model reads pictures and its processor can be opened, else tokens."""
     if _sees(model) and getattr(model, "processor", None) is not None:
@@ -205,6 +210,7 @@ HF = Family(
     run=_run,
     example=_example,
     check=_check,
+    decide=_decide,
     keep_float=((rf"{_ANYWHERE}(?:mlp\.gate|router|shared_expert_gate)", _ROUTER),),
     token_types=_token_types,
     objective=_objective,

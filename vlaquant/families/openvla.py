@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from vlaquant.errors import CalibrationError, CheckpointError
-from vlaquant.families.base import Converted, Family, Inputs, TokenType, empty_weights, ready
+from vlaquant.families.base import Converted, Decision, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
 from vlaquant.families.objectives import random_direction, sampled_surprise
 from vlaquant.families.renaming import require_complete, stored_dtype
@@ -211,6 +211,19 @@ def _objective(model: OpenVLAForActionPrediction, inputs: Inputs) -> Tensor:
     return sampled_surprise(decided[:, -count:])
 
 
+def _decide(model: OpenVLAForActionPrediction, inputs: Inputs) -> Decision:
+    """The head's chunk, or the logits of every action token after the demonstrated ones before it."""
+    output = _run(model, inputs)[0].float()
+    if model.config.action_decoding == "regression":
+        return Decision(output, tokens=False)
+    if model.config.action_decoding == "parallel":
+        rows = len(model.config.action_query_token_ids)
+    else:
+        rows = inputs["input_ids"].shape[1] - int(inputs["prompt_tokens"]) + 1
+    bins = torch.from_numpy(model.action_tokens.bins(np.arange(output.shape[1])))
+    return Decision(output[-rows:], tokens=True, bins=bins.to(output.device))
+
+
 def _prompt(inputs: Inputs) -> Inputs:
     """What the policy sees on the robot: no demonstrated action."""
     length = int(inputs["prompt_tokens"]) if "prompt_tokens" in inputs else inputs["input_ids"].shape[1]
@@ -278,5 +291,6 @@ OPENVLA = Family(
     act=_act,
     token_types=_token_types,
     objective=_objective,
+    decide=_decide,
     converted=_converted,
 )

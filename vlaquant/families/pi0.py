@@ -19,7 +19,7 @@ from transformers.models.pi0.image_processing_pi0 import PI0ImageProcessor
 from transformers.models.pi0.processing_pi0 import PI0Processor
 
 from vlaquant.errors import CalibrationError
-from vlaquant.families.base import Family, Inputs, TokenType, empty_weights, ready
+from vlaquant.families.base import Decision, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
 from vlaquant.families.objectives import random_direction
 from vlaquant.families.renaming import live_names, require_complete, stored_dtype
@@ -149,6 +149,11 @@ def _run(model: Any, inputs: Inputs) -> Tensor:
     return torch.cat([sampled, velocity], dim=1)
 
 
+def _decide(model: Any, inputs: Inputs) -> Decision:
+    """The velocity of the step in training [chunk, dims]; sampling has no gradients."""
+    return Decision(model(**inputs).logits[0].float(), tokens=False)
+
+
 def _sample(model: Any, inputs: Inputs, steps: int | None = None) -> Tensor:
     """The normalized action [1, chunk, dims] after all denoising steps, or fewer."""
     seen = ("state", "input_ids", "pixel_values", "noise", "attention_mask", "pixel_attention_mask")
@@ -263,6 +268,7 @@ PI0 = Family(
         (r"embed_action_time\.action_time_mlp_(in|out)", f"mixes the time into every action, {_EVERY_STEP}"),
     ),
     act=_act,
+    decide=_decide,
     token_masks=_token_masks,
     token_types=_token_types,
     objective=_objective,

@@ -4,6 +4,8 @@ Parsed strictly: a key that is not known, a value of the wrong type or a scheme 
 names the line, the place and the nearest legal word. What a recipe means for a model is decided in ``plan``.
 """
 
+from vlaquant.recipe.base import parse_bytes
+from vlaquant.recipe.goals import Budget, Require
 from vlaquant.recipe.needs import needs_calibration, require_calibration
 from vlaquant.recipe.parsing import load_recipe
 from vlaquant.recipe.sections import (
@@ -24,10 +26,12 @@ from vlaquant.recipe.sections import (
     Text,
     Transform,
     TypeWeights,
+    pattern_matches,
 )
 
 __all__ = [
     "Awq",
+    "Budget",
     "Calibration",
     "Episodes",
     "Gptq",
@@ -38,6 +42,7 @@ __all__ = [
     "OnIndivisible",
     "Quantizer",
     "Recipe",
+    "Require",
     "Rtn",
     "Rule",
     "SmoothQuant",
@@ -46,5 +51,7 @@ __all__ = [
     "TypeWeights",
     "load_recipe",
     "needs_calibration",
+    "parse_bytes",
+    "pattern_matches",
     "require_calibration",
 ]

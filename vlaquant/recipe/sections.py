@@ -1,36 +1,22 @@
 """What a recipe can hold: frozen values that are checked when they are made, each class one mapping of the file."""
 
 import fnmatch
-import os
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, PlainValidator, PositiveInt, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from vlaquant.errors import RecipeError
 from vlaquant.families import FAMILIES
-from vlaquant.recipe.words import did_you_mean, shown
-from vlaquant.scheme import Granularity, Scheme, get_scheme
+from vlaquant.recipe.base import GroupSize, Name, RecipePath, Section
+from vlaquant.recipe.goals import Budget, Require
+from vlaquant.recipe.words import did_you_mean
+from vlaquant.scheme import Scheme, get_scheme
 
 #: What to do with a layer whose columns do not divide into the groups of its scheme.
 OnIndivisible = Literal["error", "nearest", "channel", "keep"]
 
 _FLOAT = "float"
-
-
-def _group_size(value: object) -> int | str:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if isinstance(value, str) and value in {Granularity.CHANNEL, Granularity.TENSOR}:
-        return value
-    raise ValueError(f"must be a positive number of columns, 'channel' or 'tensor', got {shown(value)}")
-
-
-def _anchored(path: Path, info: ValidationInfo) -> Path:
-    """``path`` as seen from the recipe file's folder; as it is for a recipe that came as a mapping."""
-    folder: Path | None = (info.context or {}).get("folder")
-    return path if folder is None else Path(os.path.normpath(folder / path.expanduser()))
 
 
 def _known_scheme(name: str) -> str:
@@ -58,13 +44,11 @@ def _valid_pattern(pattern: str) -> str:
     return pattern
 
 
-Name = Annotated[str, Field(min_length=1)]
-GroupSize = Annotated[int | Literal["channel", "tensor"], PlainValidator(_group_size)]
-RecipePath = Annotated[Path, Field(strict=False), AfterValidator(_anchored)]
-
-
-class Section(BaseModel, frozen=True, extra="forbid", strict=True):
-    """A mapping of the recipe: no key beyond those declared, no conversion between types."""
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a glob, or ``re:`` and a regular expression for all of the name, matches."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
 
 
 class Rule(Section):
@@ -82,6 +66,7 @@ class Rule(Section):
             latter two take ``w8a16`` (one scale a row, or a robot and output) and ``float``.
         embodiment: of banks, keep only the weights of this one (its number in ``embodiment_id.json``), unchanged with
             ``float``. The checkpoint then refuses every other.
+        why: shown in the plan as the reason, in the place of the rule; a budget says there why it chose.
     """
 
     part: Name | None = None
@@ -93,6 +78,7 @@ class Rule(Section):
     on_indivisible: OnIndivisible | None = None
     modules: Literal["linear", "embedding", "bank"] = "linear"
     embodiment: Annotated[int, Field(ge=0)] | None = None
+    why: Name | None = None
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -123,11 +109,7 @@ class Rule(Section):
 
     def matches(self, name: str, part: str) -> bool:
         """Whether the rule is about the module called ``name``, which belongs to ``part``."""
-        if self.pattern is None:
-            return part == self.part
-        if self.pattern.startswith("re:"):
-            return re.fullmatch(self.pattern.removeprefix("re:"), name) is not None
-        return fnmatch.fnmatchcase(name, self.pattern)
+        return part == self.part if self.pattern is None else pattern_matches(self.pattern, name)
 
     def resolve_scheme(self) -> Scheme | None:
         """The preset with this rule's overrides; None keeps the layers float."""
@@ -318,6 +300,10 @@ class Recipe(Section):
         propagate: what later layers see of earlier ones while they are calibrated: their quantized or float output.
         token_weights: what tokens count for while layers are calibrated; all the same if it is left out.
         calibration: data; can be left out if nothing needs it or samples come from Python.
+        budget: shares precision out among the layers that rules quantize.
+        require: gates that the written model has to pass.
+        on_miss: when it misses one: fail, or give the layers that harm most the next better candidate of the budget,
+            and try again.
     """
 
     family: Annotated[str, AfterValidator(_known_family)] = "auto"
@@ -331,6 +317,19 @@ class Recipe(Section):
     token_weights: TokenWeights | None = None
     calibration: Calibration | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+    budget: Budget | None = None
+    require: Require | None = None
+    on_miss: Literal["fail", "raise_precision"] = "fail"
+
+    @model_validator(mode="after")
+    def _goals_make_sense(self) -> Self:
+        if self.on_miss == "raise_precision" and (self.require is None or self.budget is None):
+            raise ValueError(
+                "on_miss: raise_precision needs gates in `require:`, and in `budget:` the candidates to raise layers to"
+            )
+        if self.require is not None and self.require.path is None and not isinstance(self.calibration, Episodes):
+            raise ValueError("require: needs `path:`, held-out data of the calibration's kind")
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with all defaults written out; ``load_recipe`` turns them back into this recipe."""
