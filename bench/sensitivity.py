@@ -31,7 +31,6 @@ _EXAMPLES = Path(__file__).parent.parent / "examples"
 _POLICY, _EPISODES = _EXAMPLES / "demo_policy", _EXAMPLES / "demo_episodes"
 _PARTS = ("vision", "projector", "language")
 _SAMPLES = 64
-_SEEDS = (0, 1, 2)
 _CANDIDATES = ("w2a16", "w3a16", "w4a16", "w8a16")
 #: Label of a uniform row -> the budgets in bits a weight that are compared with it.
 _BUDGETS = {"w4a16": (4.25, 4.0), "w3a16": (3.25, 3.0)}
@@ -160,9 +159,9 @@ def _watch(name: str, seen: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., T
     return hook
 
 
-def scans(every: list[Any]) -> dict[int, Scan]:
+def scans(every: list[Any], seeds: int) -> dict[int, Scan]:
     found = {}
-    for seed in _SEEDS:
+    for seed in range(seeds):
         found[seed] = vlaquant.sensitivity(_POLICY, recipe(), samples=chosen(every, seed))
         print(f"seed {seed}: ρ {found[seed].rank_correlation()}, {found[seed].seconds}", flush=True)
     return found
@@ -216,15 +215,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--observations", type=int, default=200, help="held-out ones")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of calibration observations")
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
     every = load_observations(_EPISODES, "calibration")
     held_out = load_observations(_EPISODES, "evaluation", args.observations)
-    found = scans(every)
+    found = scans(every, args.seeds)
     result = {
         "kind": "sensitivity of the demo policy",
-        "settings": {"samples": _SAMPLES, "seeds": list(_SEEDS), "quantizer": "gptq", "group_size": 64, "threads": 1},
+        "settings": {"samples": _SAMPLES, "seeds": args.seeds, "quantizer": "gptq", "group_size": 64, "threads": 1},
         "observations": len(held_out),
         "groups": len(found[0].groups),
         "rank_correlation": {str(seed): scan.rank_correlation() for seed, scan in found.items()},

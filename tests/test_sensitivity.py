@@ -23,6 +23,7 @@ from vlaquant.sensitivity.effects import Policy, effect, policy_of, rounded_, sp
 from vlaquant.sensitivity.estimated import drawn_loss, estimate
 from vlaquant.sensitivity.groups import Group
 from vlaquant.sensitivity.measured import measure
+from vlaquant.sensitivity.replaying import Replay
 from vlaquant.sensitivity.scan import write_scan
 
 BUDGET = {"candidates": ["w2a16", "w4a16", "w8a16"], "group_size": 32, "samples": 4}
@@ -180,6 +181,26 @@ def test_measured_is_what_rounding_by_hand_gives() -> None:
     assert found["squared"][1][0] == pytest.approx(wanted, rel=1e-5)
     wanted = sum(float(one.abs().mean()) for one in differences) / 3
     assert found["action_l1"][1][0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_replay_changes_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(samples=2) | {"rules": [{"part": part, "scheme": "w8a16"} for part in ("vision", "language")]}
+    calls = {"replayed": 0, "plain": 0}
+
+    def scanned(kind: str) -> Any:
+        policy = openvla()
+
+        def count(*_: object) -> None:
+            calls[kind] += 1
+
+        monkeypatch.setattr(policy, "__deepcopy__", lambda _: policy, raising=False)
+        policy.vision_backbone.featurizer.blocks[0].attn.qkv.register_forward_hook(count)
+        return vlaquant.sensitivity(policy, asked, samples=observations(8), methods=["measured"]).measured
+
+    replayed = scanned("replayed")
+    monkeypatch.setattr(Replay, "record", lambda _, run: run())
+    assert scanned("plain") == replayed
+    assert calls["replayed"] < calls["plain"] / 2
 
 
 def test_effects_of_action_tokens() -> None:

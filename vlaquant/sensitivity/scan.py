@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from torch import nn
 from tqdm import tqdm
 
+from vlaquant.calibrate import Flow
 from vlaquant.engine.opening import Run
 from vlaquant.engine.prediction import available_memory
 from vlaquant.engine.run import QuantizationRun, RunOptions
@@ -194,7 +195,8 @@ def sensitivity(
         dtype = _widen_(model)
         policy = policy_of(model, family, run)
         positions = spread(budget.samples, len(data.samples))
-        found = _scan(model, policy, data.samples, positions, groups, codes, methods, recipe.seed, show=progress)
+        common = (model, policy, data.samples, positions, groups, codes)
+        found = _scan(common, methods, recipe.seed, data.flow, show=progress)
     return Scan(
         budget.candidates,
         groups,
@@ -230,29 +232,26 @@ def _widen_(model: nn.Module) -> str:
 
 
 def _scan(
-    model: nn.Module,
-    policy: Policy,
-    samples: Sequence[Any],
-    positions: Sequence[int],
-    groups: Sequence[Group],
-    codes: Codes,
+    common: tuple[nn.Module, Policy, Sequence[Any], Sequence[int], Sequence[Group], Codes],
     methods: Collection[Method],
     seed: int,
+    flow: Flow,
     *,
     show: bool,
 ) -> dict[str, Any]:
+    count = len(common[3])
+
     def bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         disable = None if show else True
-        return lambda items: tqdm(items, label, total=len(positions), disable=disable, leave=False)
+        return lambda items: tqdm(items, label, total=count, disable=disable, leave=False)
 
-    common = (model, policy, samples, positions, groups, codes)
     found: dict[str, Any] = {"seconds": {}}
     for method in (one for one in _EVERY if one in methods):
         started = time.perf_counter()
         if method == "estimated":
             found[method] = estimate(*common, bar("estimating"), seed=seed)
         else:
-            found[method] = measure(*common, bar("measuring"))
+            found[method] = measure(*common, bar("measuring"), flow)
         found["seconds"][method] = time.perf_counter() - started
     return found
 
