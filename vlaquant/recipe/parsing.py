@@ -103,7 +103,7 @@ def _problem(details: ErrorDetails, data: Any, where: str, tree: yaml.Node | Non
     elif details["type"].startswith("union_tag"):
         keys.append("kind")
     place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
-    return f"{where}{line}: {place}: {_complaint(details)}"
+    return ": ".join(part for part in (f"{where}{line}", place, _complaint(details)) if part)
 
 
 def _present_keys(location: Sequence[int | str], data: Any) -> list[int | str]:
