@@ -118,7 +118,7 @@ def check_estimate(model: nn.Module, policy: Policy, samples: list[Any], groups:
 def net_case() -> tuple[Any, ...]:
     torch.manual_seed(0)
     model = Net().eval()
-    policy = policy_of(model, MODULE, lambda one, x: one(x.to(one.up.weight.dtype)))
+    policy = policy_of(model, MODULE, lambda one, x: one(x.to(one.get_parameter("up.weight").dtype)))
     return model, policy, [torch.randn(5, 32) for _ in range(3)], [group(model, "up"), group(model, "down")]
 
 
@@ -194,7 +194,7 @@ def test_replay_changes_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) ->
             calls[kind] += 1
 
         monkeypatch.setattr(policy, "__deepcopy__", lambda _: policy, raising=False)
-        policy.vision_backbone.featurizer.blocks[0].attn.qkv.register_forward_hook(count)
+        policy.get_submodule("vision_backbone.featurizer.blocks.0.attn.qkv").register_forward_hook(count)
         return vlaquant.sensitivity(policy, asked, samples=observations(8), methods=["measured"]).measured
 
     replayed = scanned("replayed")

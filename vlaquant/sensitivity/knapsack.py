@@ -55,7 +55,8 @@ def _undominated(cost: NDArray[np.float64], weight: NDArray[np.int64]) -> NDArra
     """Options to which no other of the group is preferable: lighter and not dearer, or cheaper and not heavier."""
     better = (weight[:, None, :] <= weight[:, :, None]) & (cost[:, None, :] <= cost[:, :, None])
     strictly = (weight[:, None, :] < weight[:, :, None]) | (cost[:, None, :] < cost[:, :, None])
-    return np.logical_not(np.any(better & strictly, axis=2))
+    dominated: NDArray[np.bool_] = np.any(better & strictly, axis=2)
+    return ~dominated
 
 
 def _solve(
