@@ -1,11 +1,10 @@
 """Sensitivity of the demo policy, and what mixed precision gains over uniform, on held-out observations.
 
-python bench/sensitivity.py --json bench/results/sensitivity_demo.json
+python bench/sensitivity.py --json bench/results/sensitivity_demo.json [--parts scan variants mixtures]
 """
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,14 @@ from torch import Tensor, nn
 import vlaquant
 from vlaquant.engine.fingerprint import package_versions
 from vlaquant.evaluate.actions import Predictions, ask
+from vlaquant.families import Decision
 from vlaquant.families.data import load_observations
 from vlaquant.families.openvla import OPENVLA
 from vlaquant.models.openvla.actions import action_statistics, normalize
 from vlaquant.numerics import round_weight
 from vlaquant.recipe import Budget, Recipe, load_recipe
-from vlaquant.sensitivity import Method, Scan, mix, with_rules
+from vlaquant.sensitivity import Scan, mix, with_rules
+from vlaquant.sensitivity.effects import effect
 from vlaquant.sensitivity.estimated import drawn_loss
 
 _EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -57,15 +58,32 @@ def chosen(every: list[Any], seed: int) -> list[Any]:
     return [every[i] for i in np.random.default_rng(seed).choice(len(every), _SAMPLES, replace=False)]
 
 
-def answers(model: nn.Module, observations: list[Any]) -> list[Predictions]:
-    return [ask(model, observation) for observation in observations]
+def answers(model: Any, observations: list[Any]) -> list[tuple[Predictions, Decision]]:
+    """The chosen action of each observation, and what it was chosen from."""
+    assert OPENVLA.decide is not None
+    with torch.inference_mode():
+        decisions = [OPENVLA.decide(model, OPENVLA.inputs(model, observation)) for observation in observations]
+    return [(ask(model, observation), decision) for observation, decision in zip(observations, decisions, strict=True)]
 
 
-def errors(mine: list[Predictions], theirs: list[Predictions]) -> dict[str, NDArray[np.float64]]:
-    """Bin distance and action L1 of each observation."""
-    bins = [np.abs(np.subtract(a.bins, b.bins)).mean() for a, b in zip(mine, theirs, strict=True)]  # type: ignore[arg-type]
-    actions = [np.abs(a.actions - b.actions).mean() for a, b in zip(mine, theirs, strict=True)]
-    return {"bin_distance": np.array(bins), "action_l1": np.array(actions)}
+def errors(
+    mine: list[tuple[Predictions, Decision]], theirs: list[tuple[Predictions, Decision]]
+) -> dict[str, NDArray[np.float64]]:
+    """Of each observation: distance of the chosen bins, action L1, and the smooth figures of a scan."""
+    rows = []
+    for (action, decision), (other, reference) in zip(mine, theirs, strict=True):
+        moved = effect(reference, decision)
+        assert action.bins is not None
+        assert other.bins is not None
+        rows.append(
+            {
+                "bin_distance": np.abs(action.bins - other.bins).mean(),
+                "action_l1": np.abs(action.actions - other.actions).mean(),
+                "expected_bin_distance": moved["bin_distance"],
+                "divergence": moved["divergence"],
+            }
+        )
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
 
 
 def variants(samples: list[Any]) -> dict[str, dict[str, float]]:
@@ -159,48 +177,35 @@ def _watch(name: str, seen: dict[str, tuple[Tensor, Tensor]]) -> Callable[..., T
     return hook
 
 
-def scans(every: list[Any], seeds: int) -> dict[int, Scan]:
-    found = {}
-    for seed in range(seeds):
-        found[seed] = vlaquant.sensitivity(_POLICY, recipe(), samples=chosen(every, seed))
-        print(f"seed {seed}: ρ {found[seed].rank_correlation()}, {found[seed].seconds}", flush=True)
-    return found
-
-
-def mixtures(found: dict[int, Scan], every: list[Any], held_out: list[Any]) -> dict[str, dict[str, Any]]:
+def mixtures(every: list[Any], held_out: list[Any], seeds: int) -> dict[str, dict[str, Any]]:
     """Row -> figures: means over observations for each seed, and the paired comparison with the uniform row."""
     theirs = answers(vlaquant.load(_POLICY), held_out)
     measured: dict[str, list[dict[str, NDArray[np.float64]]]] = {}
-    bits: dict[str, list[float]] = {}
-    for seed, scan in found.items():
+    skeleton = vlaquant.load(_POLICY)
+    for seed in range(seeds):
         samples = chosen(every, seed)
+        scan = vlaquant.sensitivity(_POLICY, recipe(), samples=samples, methods=["estimated"])
         rows = {f"{scheme} uniform": without_budget(scheme) for scheme in _BUDGETS}
-        methods: tuple[Method, ...] = ("estimated", "measured")
         for limit in (limit for limits in _BUDGETS.values() for limit in limits):
-            for method in methods:
-                mixture = mix(scan, Budget(candidates=_CANDIDATES, bits=limit, method=method))
-                label = f"{limit} bits, {method}"
-                rows[label] = with_rules(recipe(), mixture, vlaquant.load(_POLICY), OPENVLA)
-                bits.setdefault(label, []).append(mixture.bits)
+            mixture = mix(scan, Budget(candidates=_CANDIDATES, bits=limit))
+            rows[f"{limit} bits"] = with_rules(recipe(), mixture, skeleton, OPENVLA)
         for label, asked in rows.items():
             model = vlaquant.load(_POLICY)
             vlaquant.quantize(model, asked, samples=samples)
             measured.setdefault(label, []).append(errors(answers(model, held_out), theirs))
             print(seed, label, {name: float(one.mean()) for name, one in measured[label][-1].items()}, flush=True)
-    uniform = {f"{limit} bits, ": f"{scheme} uniform" for scheme, limits in _BUDGETS.items() for limit in limits}
-    rows_out: dict[str, dict[str, Any]] = {}
-    for label, by_seed in measured.items():
-        base = next((row for start, row in uniform.items() if label.startswith(start)), None)
-        rows_out[label] = {"bits": bits.get(label)} | {
-            name: {"by_seed": [float(one[name].mean()) for one in by_seed]} for name in by_seed[0]
-        }
-        for name in by_seed[0] if base else ():
-            rows_out[label][name]["against"] = base
-            rows_out[label][name] |= compared(
-                np.mean([one[name] for one in by_seed], axis=0),
-                np.mean([one[name] for one in measured[str(base)]], axis=0),
-            )
-    return rows_out
+    bases = {f"{limit} bits": f"{scheme} uniform" for scheme, limits in _BUDGETS.items() for limit in limits}
+    return {label: _row(by_seed, bases.get(label), measured) for label, by_seed in measured.items()}
+
+
+def _row(by_seed: list[dict[str, Any]], base: str | None, measured: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"against": base}
+    for name in by_seed[0]:
+        row[name] = {"by_seed": [float(one[name].mean()) for one in by_seed]}
+        if base is not None:
+            mine, uniform = (np.mean([one[name] for one in of], axis=0) for of in (by_seed, measured[base]))
+            row[name] |= compared(mine, uniform)
+    return row
 
 
 def compared(mine: NDArray[np.float64], base: NDArray[np.float64]) -> dict[str, float]:
@@ -211,34 +216,48 @@ def compared(mine: NDArray[np.float64], base: NDArray[np.float64]) -> dict[str, 
     return {"difference": float(difference.mean()), "p_not_better": float((means >= 0).mean())}
 
 
+def scanned(every: list[Any]) -> dict[str, Any]:
+    """One scan by both methods."""
+    scan = vlaquant.sensitivity(_POLICY, recipe(), samples=chosen(every, 0))
+    return {
+        "groups": [group.label for group in scan.groups],
+        "rank_correlation": scan.rank_correlation(),
+        "seconds": scan.seconds,
+        "measured": scan.measured,
+        "estimated": scan.estimated,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True, help="other parts that it holds stay")
+    parser.add_argument("--parts", nargs="+", choices=("scan", "variants", "mixtures"), default=["scan", "mixtures"])
     parser.add_argument("--observations", type=int, default=200, help="held-out ones")
-    parser.add_argument("--seeds", type=int, default=3, help="draws of calibration observations")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of calibration observations, for the mixtures")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    started = time.perf_counter()
     every = load_observations(_EPISODES, "calibration")
     held_out = load_observations(_EPISODES, "evaluation", args.observations)
-    found = scans(every, args.seeds)
-    result = {
-        "kind": "sensitivity of the demo policy",
-        "settings": {"samples": _SAMPLES, "seeds": args.seeds, "quantizer": "gptq", "group_size": 64, "threads": 1},
-        "observations": len(held_out),
-        "groups": len(found[0].groups),
-        "rank_correlation": {str(seed): scan.rank_correlation() for seed, scan in found.items()},
-        "seconds": {str(seed): scan.seconds for seed, scan in found.items()},
-        "variants": variants(chosen(every, 0)),
-        "mixtures": mixtures(found, every, held_out),
-        "scan": {name: value for name, value in found[0].to_dict().items() if name in ("measured", "estimated")}
-        | {"groups": [group.label for group in found[0].groups], "candidates": list(_CANDIDATES)},
-        "versions": package_versions(),
-        "total_seconds": time.perf_counter() - started,
+    settings = {
+        "samples": _SAMPLES,
+        "quantizer": "gptq",
+        "group_size": 64,
+        "candidates": list(_CANDIDATES),
+        "threads": 1,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({name: result[name] for name in ("rank_correlation", "variants", "mixtures")}, indent=1))
+    result: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+    result |= {"kind": "sensitivity of the demo policy", "settings": settings, "versions": package_versions()}
+    for part in args.parts:
+        if part == "scan":
+            result[part] = scanned(every)
+        elif part == "variants":
+            result[part] = variants(chosen(every, 0))
+        else:
+            result |= {"observations": len(held_out), "seeds": args.seeds}
+            result[part] = mixtures(every, held_out, args.seeds)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(part, json.dumps(result[part], indent=1), flush=True)
 
 
 if __name__ == "__main__":
