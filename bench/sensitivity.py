@@ -16,17 +16,18 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import vlaquant
+from vlaquant.calibrate.running import seeded
 from vlaquant.engine.fingerprint import package_versions
 from vlaquant.evaluate.actions import Predictions, ask
 from vlaquant.families import Decision
 from vlaquant.families.data import load_observations
+from vlaquant.families.objectives import objective
 from vlaquant.families.openvla import OPENVLA
 from vlaquant.models.openvla.actions import action_statistics, normalize
 from vlaquant.numerics import round_weight
 from vlaquant.recipe import Budget, Recipe, load_recipe
 from vlaquant.sensitivity import Scan, mix, with_rules
 from vlaquant.sensitivity.effects import effect
-from vlaquant.sensitivity.estimated import drawn_loss
 
 _EXAMPLES = Path(__file__).parent.parent / "examples"
 _POLICY, _EPISODES = _EXAMPLES / "demo_policy", _EXAMPLES / "demo_episodes"
@@ -153,7 +154,8 @@ def gradients(
         assert OPENVLA.decide is not None
         decision = OPENVLA.decide(model, inputs)
         if source == "drawn":
-            loss = drawn_loss(decision, seed=0, sample=position)
+            with seeded(position):
+                loss = objective(decision)
         else:
             loss = nn.functional.cross_entropy(decision.output, demonstrated(model, sample), reduction="sum")
         loss.backward()

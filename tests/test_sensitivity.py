@@ -20,7 +20,7 @@ from vlaquant.recipe import load_recipe
 from vlaquant.scheme import get_scheme
 from vlaquant.sensitivity import Scan, estimated
 from vlaquant.sensitivity.effects import Policy, effect, policy_of, rounded_, spread
-from vlaquant.sensitivity.estimated import drawn_loss, estimate
+from vlaquant.sensitivity.estimated import estimate
 from vlaquant.sensitivity.groups import Group
 from vlaquant.sensitivity.measured import measure
 from vlaquant.sensitivity.replaying import Replay
@@ -130,7 +130,7 @@ def llama_case() -> tuple[Any, ...]:
 
     def decide(one: Any, ids: Tensor) -> Decision:
         # Not Family.decide, which gives float32: differences need more
-        return Decision(one(input_ids=ids, use_cache=False).logits[0, :-1], tokens=True)
+        return Decision(one(input_ids=ids, use_cache=False).logits[0], tokens=True)
 
     return model, Policy(lambda ids: family.inputs(model, ids)["input_ids"], decide, decide), WINDOWS[:2], groups
 
@@ -348,12 +348,6 @@ def test_budgets_that_make_no_sense(changes: dict[str, Any], message: str) -> No
 def test_positions_are_spread_and_distinct() -> None:
     assert spread(3, 9) == [0, 4, 8]
     assert spread(20, 5) == [0, 1, 2, 3, 4]
-
-
-def test_the_drawn_loss_depends_on_the_seed_and_the_sample_alone() -> None:
-    decision = Decision(torch.randn(5, 7), tokens=True)
-    assert drawn_loss(decision, seed=1, sample=2) == drawn_loss(decision, seed=1, sample=2)
-    assert drawn_loss(decision, seed=1, sample=2) != drawn_loss(decision, seed=1, sample=3)
 
 
 def test_decisions_of_families_are_those_of_their_run() -> None:

@@ -22,7 +22,6 @@ from vlaquant.errors import CalibrationError, CheckpointError
 from vlaquant.families.base import Decision, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
 from vlaquant.families.hf_samples import image_text_inputs
-from vlaquant.families.objectives import sampled_surprise
 from vlaquant.families.observation import Observation
 from vlaquant.families.renaming import live_names, require_complete
 
@@ -118,10 +117,6 @@ def _run(model: nn.Module, inputs: Inputs) -> Tensor:
     return logits
 
 
-def _objective(model: nn.Module, inputs: Inputs) -> Tensor:
-    return sampled_surprise(_run(model, inputs))
-
-
 def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     """Of the language model's sequence, where there are images in it."""
     place = getattr(model.config, "image_token_id", None)
@@ -133,8 +128,8 @@ def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _decide(model: nn.Module, inputs: Inputs) -> Decision:
-    """Logits of every token but the first."""
-    return Decision(_run(model, inputs)[0, :-1].float(), tokens=True)
+    """Logits of the token after each."""
+    return Decision(_run(model, inputs).flatten(0, 1).float(), tokens=True)
 
 
 def _example(model: Any) -> Inputs:
@@ -213,6 +208,5 @@ HF = Family(
     decide=_decide,
     keep_float=((rf"{_ANYWHERE}(?:mlp\.gate|router|shared_expert_gate)", _ROUTER),),
     token_types=_token_types,
-    objective=_objective,
     live_names=live_names,
 )

@@ -13,7 +13,6 @@ from transformers import AutoProcessor
 from vlaquant.errors import CalibrationError, CheckpointError
 from vlaquant.families.base import Converted, Decision, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
-from vlaquant.families.objectives import random_direction, sampled_surprise
 from vlaquant.families.renaming import require_complete, stored_dtype
 from vlaquant.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
 from vlaquant.models.openvla.actions import action_statistics, normalize, state_statistics, unnormalize
@@ -200,17 +199,6 @@ def _token_types(model: OpenVLAForActionPrediction, inputs: Inputs) -> dict[str,
     return {"language": types, "action": types}
 
 
-def _objective(model: OpenVLAForActionPrediction, inputs: Inputs) -> Tensor:
-    """Of the numbers of the action, or of the distributions that its tokens are chosen from."""
-    decided = _run(model, inputs)
-    if model.config.action_decoding == "regression":
-        return random_direction(decided)
-    count = len(model.config.action_query_token_ids)
-    if model.config.action_decoding == "autoregressive":
-        count = inputs["input_ids"].shape[1] - int(inputs["prompt_tokens"]) + 1
-    return sampled_surprise(decided[:, -count:])
-
-
 def _decide(model: OpenVLAForActionPrediction, inputs: Inputs) -> Decision:
     """The head's chunk, or the logits of every action token after the demonstrated ones before it."""
     output = _run(model, inputs)[0].float()
@@ -290,7 +278,6 @@ OPENVLA = Family(
     ),
     act=_act,
     token_types=_token_types,
-    objective=_objective,
     decide=_decide,
     converted=_converted,
 )

@@ -21,7 +21,6 @@ from transformers.models.pi0.processing_pi0 import PI0Processor
 from vlaquant.errors import CalibrationError
 from vlaquant.families.base import Decision, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
-from vlaquant.families.objectives import random_direction
 from vlaquant.families.renaming import live_names, require_complete, stored_dtype
 
 _VISION_BLOCK = r".*\.vision_tower\.(vision_model\.)?encoder\.layers\.\d+"
@@ -149,11 +148,6 @@ def _run(model: Any, inputs: Inputs) -> Tensor:
     return torch.cat([sampled, velocity], dim=1)
 
 
-def _decide(model: Any, inputs: Inputs) -> Decision:
-    """The velocity of the step in training [chunk, dims]; sampling has no gradients."""
-    return Decision(model(**inputs).logits[0].float(), tokens=False)
-
-
 def _sample(model: Any, inputs: Inputs, steps: int | None = None) -> Tensor:
     """The normalized action [1, chunk, dims] after all denoising steps, or fewer."""
     seen = ("state", "input_ids", "pixel_values", "noise", "attention_mask", "pixel_attention_mask")
@@ -187,11 +181,11 @@ def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     return {"language": language, "expert": expert}
 
 
-def _objective(model: Any, inputs: Inputs) -> Tensor:
-    """Of the velocity at the sample's random time: the joint pass of training, which gradients go through."""
+def _decide(model: Any, inputs: Inputs) -> Decision:
+    """The velocity at the sample's random time: the joint pass of training, as sampling has no gradients."""
     names = ("state", "noise", "timestep", "input_ids", "pixel_values", "pixel_attention_mask", "attention_mask")
     noisy = {name: inputs[name] for name in (*names, "actions") if name in inputs}
-    return random_direction(model(**noisy).logits)
+    return Decision(model(**noisy).logits.flatten(0, 1).float(), tokens=False)
 
 
 def _example(model: Any) -> Inputs:
@@ -271,6 +265,5 @@ PI0 = Family(
     decide=_decide,
     token_masks=_token_masks,
     token_types=_token_types,
-    objective=_objective,
     live_names=live_names,
 )

@@ -34,7 +34,7 @@ from vlaquant.sensitivity import Mixture, Scan, mix, sensitivity, write_scan
 from vlaquant.sensitivity.scan import recorded
 
 #: What a scan depends on, of a recipe and of its budget.
-_SAME = ("family", "rules", "on_indivisible", "quantizer")
+_SAME = ("family", "rules", "on_indivisible", "quantizer", "token_weights")
 _SAME_BUDGET = ("candidates", "group_size", "layers")
 
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlaquant.calibrate.running import blamed_on
+from vlaquant.calibrate.running import blamed_on, seeded
 from vlaquant.errors import CalibrationError
-from vlaquant.families import Decision
+from vlaquant.families.objectives import objective
 from vlaquant.sensitivity.effects import Policy, each_sample
 from vlaquant.sensitivity.groups import Group
 from vlaquant.sensitivity.rounding import Codes
@@ -60,7 +60,8 @@ def estimate(
                     "no gradient goes through this policy's path, so its sensitivity cannot be estimated; use "
                     "'method: measured' (--measured)"
                 )
-            loss = drawn_loss(decision, seed=seed, sample=position)
+            with seeded((seed << 32) + position):
+                loss = objective(decision)
             torch.autograd.backward(loss)
         rows = decision.output.shape[0] if decision.tokens else decision.output.numel()
         sums += products.square() * ((0.5 if decision.tokens else 1.0) / (rows * len(positions)))
@@ -73,18 +74,6 @@ def estimate(
     if not bool(sums.isfinite().all()):
         raise CalibrationError("the gradients of the action are NaN: check the weights and the dtype")
     return sums.tolist()
-
-
-def drawn_loss(decision: Decision, *, seed: int, sample: int) -> Tensor:
-    """−log p of one action drawn from the decision itself, or vᵀa with random signs v."""
-    generator = torch.Generator().manual_seed((seed << 32) + sample)
-    output = decision.output
-    if not decision.tokens:
-        signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2.0 - 1.0
-        return (output * signs).sum()
-    scores = output.log_softmax(-1)
-    drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
-    return -scores.gather(1, drawn).sum()
 
 
 class _Watched(ExitStack):

@@ -61,7 +61,8 @@ def _batches(groups: Sequence[Group]) -> list[list[str]]:
 def _observe(model: nn.Module, family: Family, data: Probed, names: Sequence[str], seed: int) -> dict[str, ActStats]:
     with torch.inference_mode(), observe(model, names, hessian_for=names, seed=seed) as observation:
         for position, sample in enumerate(data.samples):
-            observation.begin_sample(layer_masks(family, data.masks.get(position, {}), names), index=position)
+            masks = layer_masks(family, data.masks.get(position, {}), names)
+            observation.begin_sample(masks, weights=data.weights.get(position), index=position)
             data.run(model, sample)
     observation.check(data.min_tokens)
     return final_stats(observation.running())
