@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from vlaquant.recipe.sections import Recipe, Section
+from vlaquant.recipe.base import Section
+from vlaquant.recipe.sections import Recipe
 from vlaquant.scheme import PRESETS, Granularity, QuantSpec
 
 ROOT = Path(__file__).parent.parent

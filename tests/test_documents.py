@@ -12,6 +12,7 @@ from documents import ROOT, read
 from pydantic import PositiveInt
 
 from vlaquant.recipe import sections
+from vlaquant.recipe.base import Section
 
 README, CONCEPTS = ROOT / "README.md", ROOT / "docs" / "concepts.md"
 TRANSLATIONS = {README: ROOT / "README.zh-CN.md", CONCEPTS: ROOT / "docs" / "zh" / "concepts.md"}
@@ -68,7 +69,7 @@ def test_the_reference_knows_every_section_and_key() -> None:
     assert len(described) == len(set(described))
 
 
-class Budget(sections.Section):
+class Budget(Section):
     """How much may be used.
 
     Attributes:

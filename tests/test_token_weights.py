@@ -22,7 +22,7 @@ from vlaquant.calibrate.statistics import RunningStats, no_stats, row_keys
 from vlaquant.engine.run import RunOptions
 from vlaquant.errors import CalibrationError, PlanError, RecipeError
 from vlaquant.families import family_of_model
-from vlaquant.families.objectives import from_squared_errors, random_direction, sampled_surprise
+from vlaquant.families.objectives import random_direction, roots, sampled_surprise
 from vlaquant.passes.gptq import gptq
 from vlaquant.passes.loss import output_loss, weight_loss
 from vlaquant.scheme import get_scheme
@@ -247,7 +247,7 @@ def test_squared_gradients_of_a_random_direction_are_one_for_every_number() -> N
     torch.manual_seed(0)
     values = torch.randn(3, 4)
     assert torch.equal(squared_gradients(values, random_direction, 5), torch.ones(3, 4))
-    found = squared_gradients(values, lambda v: from_squared_errors((v - 2.0).square()), 5)
+    found = squared_gradients(values, lambda v: random_direction(roots((v - 2.0).square())), 5)
     torch.testing.assert_close(found, torch.ones(3, 4))
 
 

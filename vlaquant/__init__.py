@@ -6,12 +6,14 @@ from vlaquant.pipeline import plan, quantize
 from vlaquant.plan import Plan
 from vlaquant.recipe import Recipe, load_recipe
 from vlaquant.result import QuantizationResult
+from vlaquant.sensitivity import Scan, sensitivity
 from vlaquant.training import Training, finetune
 
 __all__ = [
     "Plan",
     "QuantizationResult",
     "Recipe",
+    "Scan",
     "Training",
     "VlaquantError",
     "finetune",
@@ -19,4 +21,5 @@ __all__ = [
     "load_recipe",
     "plan",
     "quantize",
+    "sensitivity",
 ]

@@ -27,10 +27,12 @@ from vlaquant.engine.processes import launched
 from vlaquant.engine.run import RunOptions
 from vlaquant.errors import RecipeError, VlaquantError
 from vlaquant.evaluate.evaluation import evaluate_language, evaluate_policy, table
-from vlaquant.pipeline import plan, quantize
+from vlaquant.goals.plotting import plot_curve, plot_scan
+from vlaquant.pipeline import plan, progressive, quantize
 from vlaquant.plan import plan_from_dict
-from vlaquant.recipe import load_recipe
+from vlaquant.recipe import Budget, load_recipe, parse_bytes
 from vlaquant.report import Measured, measure, read_report, render, render_comparison
+from vlaquant.sensitivity import Method, mix, sensitivity
 from vlaquant.training import Training, finetune
 
 EXIT_FAILED = 1
@@ -108,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--layers", action="store_true", help="one line a layer")
     show.set_defaults(command=_plan)
 
+    _add_sensitivity_arguments(commands.add_parser("sensitivity", help="print what each scheme does to each layer"))
     _add_eval_arguments(commands.add_parser("eval", help="compare a quantized checkpoint with its float original"))
     _add_bench_arguments(commands.add_parser("bench", help="measure kernels, or one action of a policy"))
     doctor = commands.add_parser("doctor", help="print what this machine has, and which kernels run on it")
@@ -134,6 +137,19 @@ def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--rollouts", type=int, default=0, metavar="N", help="paired closed-loop episodes a task")
     evaluate.add_argument("--json", type=Path, help="write the result here too")
     evaluate.set_defaults(command=_evaluate)
+
+
+def _add_sensitivity_arguments(scan: argparse.ArgumentParser) -> None:
+    _add_recipe_arguments(scan)
+    how = scan.add_mutually_exclusive_group()
+    how.add_argument("--measured", action="store_true", help="only by rounding and running (default: both)")
+    how.add_argument("--estimated", action="store_true", help="only by gradients")
+    scan.add_argument("--progressive", action="store_true", help="lower the precision to the budget's tolerance")
+    scan.add_argument("--samples", type=int, help="overrides the budget's")
+    scan.add_argument("--device", default="cpu", help="such as cuda")
+    scan.add_argument("--json", type=Path, metavar="FILE", help="write the result here too; a budget can read it")
+    scan.add_argument("--plot", type=Path, metavar="FILE", help="draw it, as .png, .svg or .pdf (needs matplotlib)")
+    scan.set_defaults(command=_sensitivity)
 
 
 def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
@@ -184,11 +200,10 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bytes(text: str) -> int:
     """A size such as 8GB, 500MB, 6GiB or 123456."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 8GB or 500MiB")
-    number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -235,6 +250,35 @@ def _plan(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.config)
     made = plan(_model_directory(args, recipe.model), recipe)
     print(made.layer_table() if args.layers else made)
+
+
+def _sensitivity(args: argparse.Namespace) -> None:
+    recipe = load_recipe(args.config)
+    model = _model_directory(args, recipe.model)
+    if args.samples is not None:
+        if args.samples < 1:
+            raise RecipeError("--samples must be positive")
+        budget = (recipe.budget or Budget()).model_copy(update={"samples": args.samples})
+        recipe = recipe.model_copy(update={"budget": budget})
+    options = RunOptions(device=args.device)
+    if args.progressive:
+        scan, curve = progressive(model, recipe, options=options, progress=True)
+        _write_json(args.json, scan.to_dict() | {"progressive": curve.to_dict()})
+        if args.plot is not None:
+            plot_curve(curve, args.plot)
+        print(curve)
+        print(f"\n{curve.best}")
+        return
+    every: tuple[Method, ...] = ("estimated", "measured")
+    methods = [one for one in every if getattr(args, one)] or every
+    scan = sensitivity(model, recipe, methods=methods, options=options, progress=True)
+    _write_json(args.json, scan.to_dict())
+    if args.plot is not None:
+        plot_scan(scan, args.plot)
+    print(scan)
+    if recipe.budget is not None and recipe.budget.limited and not recipe.budget.progressive:
+        method = recipe.budget.method if recipe.budget.method in methods else methods[0]
+        print(f"\n{mix(scan, recipe.budget.model_copy(update={'method': method}))}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

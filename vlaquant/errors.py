@@ -9,7 +9,8 @@ A message says where, what was found, what was wanted and what to do next.
     ├── CalibrationError   the data: none, NaN activations, a layer that saw no token, a policy that ignores its image
     ├── ExportError        writing: the output exists, the disk is full, the written file differs from the model
     ├── PackedWeightError  somebody computes with ``linear.weight`` of a packed layer
-    └── EvaluationError    measuring: no simulator, policies that cannot be compared
+    ├── EvaluationError    measuring: no simulator, policies that cannot be compared
+    └── GateError          the written model misses what the recipe requires
 """
 
 
@@ -43,3 +44,7 @@ class PackedWeightError(VlaquantError):
 
 class EvaluationError(VlaquantError):
     """A measurement cannot be made."""
+
+
+class GateError(VlaquantError):
+    """The written model misses what the recipe requires of it; it was set aside."""

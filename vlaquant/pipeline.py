@@ -16,9 +16,13 @@ from vlaquant.engine.work import finished_run
 from vlaquant.errors import PlanError
 from vlaquant.export.writing import write, write_streamed
 from vlaquant.families import family_of_config, family_of_model
+from vlaquant.goals.asked import Asked
+from vlaquant.goals.progressive import Curve
+from vlaquant.goals.reaching import descend, reach
 from vlaquant.plan import Plan
 from vlaquant.recipe import Recipe, load_recipe, needs_calibration, require_calibration
 from vlaquant.result import QuantizationResult
+from vlaquant.sensitivity import Scan
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path
 
@@ -57,6 +61,9 @@ def quantize(
     Several processes of one machine that were started together (by torchrun or accelerate launch) share the work if all
     of them call this with the same arguments; the result is the same. Only the first of them writes.
 
+    A recipe with a budget is first turned into one with a rule for each layer, by a scan of sensitivities. One with
+    gates is quantized under another name, measured, and takes its own only if it passes.
+
     Args:
         model_or_path: a float checkpoint directory, or a loaded model, which is changed in place.
         recipe: a Recipe, a mapping, or the path of a YAML file.
@@ -72,7 +79,54 @@ def quantize(
         VlaquantError: the recipe, the model, the data or the disk; nothing was written. See :mod:`vlaquant.errors`.
     """
     recipe = load_recipe(recipe)
+    model = model_or_path if isinstance(model_or_path, nn.Module) else Path(model_or_path)
     target = None if output is None else Path(output)
+    options = options or RunOptions()
+
+    def attempt(recipe: Recipe, output: Path | None) -> QuantizationResult:
+        return _quantize(
+            model, recipe, samples, run, output, options, overwrite=overwrite, resume=resume, progress=progress
+        )
+
+    if recipe.budget is None and recipe.require is None:
+        return attempt(recipe, target)
+    asked = Asked(model, recipe, target, samples, run, options, overwrite=overwrite, resume=resume, show=progress)
+    return reach(asked, attempt)
+
+
+def progressive(
+    directory: str | Path, recipe: RecipeLike, *, options: RunOptions | None = None, progress: bool = False
+) -> tuple[Scan, Curve]:
+    """Lower the precision of a checkpoint until the tolerance of the recipe's budget is reached; nothing is written.
+
+    Every mixture is quantized into a temporary directory and measured there.
+
+    Raises:
+        VlaquantError: as for :func:`quantize`, or the budget is no tolerance.
+    """
+    recipe = load_recipe(recipe)
+    model, options = Path(directory), options or RunOptions()
+
+    def attempt(recipe: Recipe, output: Path | None) -> QuantizationResult:
+        return _quantize(model, recipe, None, None, output, options, overwrite=False, resume=False, progress=False)
+
+    asked = Asked(model, recipe, None, None, None, options, overwrite=False, resume=False, show=progress)
+    return descend(asked, attempt)
+
+
+def _quantize(
+    model_or_path: nn.Module | Path,
+    recipe: Recipe,
+    samples: Sequence[Any] | None,
+    run: Run | None,
+    target: Path | None,
+    options: RunOptions,
+    *,
+    overwrite: bool,
+    resume: bool,
+    progress: bool,
+) -> QuantizationResult:
+    """One run of a recipe without goals."""
     if target is not None:
         if resume and not isinstance(model_or_path, nn.Module):
             done = finished_run(target, model_or_path, recipe.resolved(), samples)
@@ -81,7 +135,6 @@ def quantize(
         check_output(target, overwrite=overwrite)
     if samples is None and needs_calibration(recipe):
         require_calibration(recipe)
-    options = options or RunOptions()
     with (
         Processes.current(options.device) as processes,
         QuantizationRun(model_or_path, recipe, target, options, show=progress, processes=processes) as job,

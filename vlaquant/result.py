@@ -88,6 +88,10 @@ class QuantizationResult:
         lines += [f"note: {layer.name}: {'; '.join(layer.notes)}" for layer in noted[:_SHOWN_NOTES]]
         if len(noted) > _SHOWN_NOTES:
             lines.append(f"note: {len(noted) - _SHOWN_NOTES} more layers have notes; all are in vlaquant.json")
+        measured = self.manifest.get("measured")
+        if measured is not None:
+            figures = ", ".join(f"{name} {measured[name]:.4g} ({gate:g})" for name, gate in measured["require"].items())
+            lines.append(f"gates passed, run {len(measured['rounds'])}: {figures}")
         if self.output is not None:
             verified = self.manifest["verification"]
             lines.append(

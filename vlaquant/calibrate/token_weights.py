@@ -6,9 +6,9 @@ decides by Σ_t (∂L/∂y_t · e_t)². Where nothing is known of the direction 
 Sources: MBQ (Li et al. 2024, arXiv:2412.19509, one weight a modality), GuidedQuant (Kim et al. 2025, arXiv:2505.07004,
 section 3, here with one group of output channels).
 
-L is a family's ``objective``: something whose squared gradient, in the mean over what it draws, is the curvature of the
-difference between the decisions of two models (the Fisher information of token policies; Gauss-Newton for actions that
-are numbers). A loss on demonstrated actions would be small just where the policy is sure of itself.
+L is the objective of a decision: something whose squared gradient, in the mean over what it draws, is the curvature of
+the difference between the decisions of two models (the Fisher information of token policies; Gauss-Newton for actions
+that are numbers). A loss on demonstrated actions would be small just where the policy is sure of itself.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -16,7 +16,7 @@ from vlaquant.checkpoint.directory import (
 )
 from vlaquant.checkpoint.identity import sha256, sha256_all, source_identity
 from vlaquant.checkpoint.json_files import write_json
-from vlaquant.checkpoint.output import atomic_directory, check_output, copy_side_files
+from vlaquant.checkpoint.output import atomic_directory, check_output, copy_side_files, replace_directory
 from vlaquant.checkpoint.syncing import sync_directory
 from vlaquant.checkpoint.tensor_files import TensorEntry, TensorFiles
 from vlaquant.checkpoint.tensor_writing import join_tensor_files, write_made_tensors, write_tensor_file, write_tensors
@@ -33,6 +33,7 @@ __all__ = [
     "read_config",
     "read_manifest",
     "read_tensors",
+    "replace_directory",
     "require_finite",
     "sha256",
     "sha256_all",

@@ -55,14 +55,14 @@ def atomic_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield partial
         sync_tree(partial)
-        _replace(target, partial)
+        replace_directory(target, partial)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{target}: could not be written, and nothing was: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace(target: Path, complete: Path) -> None:
+def replace_directory(target: Path, complete: Path) -> None:
     """Rename ``complete`` to ``target``; an old ``target`` steps aside first and goes last."""
     old = target.parent / f".{target.name}{PARTIAL}old-{uuid.uuid4().hex[:8]}"
     if target.exists():

@@ -14,6 +14,7 @@ from vlaquant.engine.prediction import resident_memory
 from vlaquant.engine.processes import Processes
 from vlaquant.errors import CalibrationError, PlanError
 from vlaquant.families import Family
+from vlaquant.families.objectives import objective
 from vlaquant.recipe import Recipe, TypeWeights
 
 #: Index of a sample -> layer -> weights of each of its calls.
@@ -63,7 +64,7 @@ def token_weights(
                 "change nothing; remove them, or use kind gradient"
             )
         return found
-    if family.objective is None:
+    if family.decide is None:
         raise CalibrationError(
             f"family {family.name} has no objective to take gradients of; use token_weights of kind types"
         )
@@ -89,11 +90,11 @@ def _by_gradient(
     shared: Sequence[Sequence[str]],
     power: float,
 ) -> dict[str, list[Tensor]]:
-    objective = family.objective
-    assert objective is not None
+    decide = family.decide
+    assert decide is not None
     with seeded(position), blamed_on(position):
         inputs = family.inputs(model, samples[position])
-        found = gradient_weights(model, layers, lambda: objective(model, inputs), shared)
+        found = gradient_weights(model, layers, lambda: objective(decide(model, inputs)), shared)
     return {name: [call.pow(power) for call in calls] for name, calls in found.items()}
 
 

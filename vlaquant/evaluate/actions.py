@@ -125,7 +125,7 @@ def action_error(candidate: Predictions, reference: Predictions, demonstrated: N
 
 def ask(model: Any, observation: Observation) -> Predictions:
     """The answer to one observation, n = 1; seconds are from the observation to the action."""
-    if _chooses_tokens(model):
+    if chooses_tokens(model):
         return _ask_for_tokens(model, observation)
     family = family_of_model(model)
     assert family.act is not None  # _check_same_actions
@@ -156,7 +156,8 @@ def _joined(answers: list[Predictions]) -> Predictions:
     )
 
 
-def _chooses_tokens(model: nn.Module) -> bool:
+def chooses_tokens(model: nn.Module) -> bool:
+    """Whether a policy's action is made of tokens."""
     return isinstance(model, OpenVLAForActionPrediction) and model.config.action_decoding != "regression"
 
 

@@ -1,4 +1,4 @@
-"""Confidence intervals for success rates. Needs scipy (extra ``eval``)."""
+"""Confidence intervals for success rates."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from vlaquant.errors import CheckpointError, PlanError
-from vlaquant.families.base import Converted, Family, Inputs
+from vlaquant.families.base import Converted, Decision, Family, Inputs
 from vlaquant.families.folds import Fold, FoldGroup, find_folds, norm_offset, refused_folds
 from vlaquant.families.groot import GROOT
 from vlaquant.families.hf import HF
@@ -20,6 +20,7 @@ __all__ = [
     "FAMILIES",
     "MODULE",
     "Converted",
+    "Decision",
     "Family",
     "Fold",
     "FoldGroup",

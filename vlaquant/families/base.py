@@ -68,6 +68,22 @@ def nothing_converted(directory: Path) -> Converted:
     return Converted()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What an action or the next words are chosen from, with gradients where they are enabled.
+
+    Attributes:
+        output: float32 [rows, n]: logits of n tokens, one row for each token to choose; or numbers that are the action,
+            or lead to it.
+        tokens: whether these are logits.
+        bins: [n], the bin of the action that each token stands for; None for words and numbers.
+    """
+
+    output: Tensor
+    tokens: bool
+    bins: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One kind of model.
@@ -89,13 +105,13 @@ class Family:
             rule with a pattern that matches one decides.
         act: (model, inputs) -> the action [chunk, action dimension], float, as ``run`` would lead to it on the robot.
             Noise that it needs is part of the inputs, so that two models act from the same one. None: it takes none.
+        decide: (model, inputs) -> what the action is chosen from, in one pass that gradients go through, see
+            :mod:`vlaquant.families.objectives`. None: there is no such pass.
         token_masks: (model, inputs) -> {part: bool}, True for what counts; [b, t] for tokens, [b] for whole images.
             Only parts with padding or dummy cameras are in it, and layers by name that read other tokens than their
             part.
         token_types: (model, inputs) -> {part: :class:`TokenType`}, integers shaped and named as in ``token_masks``;
             only parts that read tokens of several types are in it. A token whose output chooses an action is an ACTION.
-        objective: (model, inputs) -> a scalar whose gradient says what matters to the decision, see
-            :mod:`vlaquant.families.objectives`; None: gradients reach too little of the model.
         live_names: (model, names in a source's files) -> {name in a file: name in the model}, where they differ; None
             where they never do.
         converted: source directory -> what of it becomes something else in an output.
@@ -117,9 +133,9 @@ class Family:
     check: Callable[[Any, Inputs], None]
     keep_float: tuple[tuple[str, str], ...] = ()
     act: Callable[[Any, Inputs], Tensor] | None = None
+    decide: Callable[[Any, Inputs], Decision] | None = None
     token_masks: Callable[[Any, Inputs], dict[str, Tensor]] = nothing_masked
     token_types: Callable[[Any, Inputs], dict[str, Tensor]] = one_type
-    objective: Callable[[Any, Inputs], Tensor] | None = None
     live_names: Callable[[nn.Module, Sequence[str]], dict[str, str]] | None = None
     converted: Callable[[Path], Converted] = nothing_converted
     stream: Stream | None = None

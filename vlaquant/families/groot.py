@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from vlaquant.errors import CalibrationError, CheckpointError
-from vlaquant.families.base import Family, Inputs, TokenType, empty_weights, ready
+from vlaquant.families.base import Decision, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import SCALE, SHIFT, Fold, llama_folds
-from vlaquant.families.objectives import from_squared_errors
+from vlaquant.families.objectives import roots
 from vlaquant.families.renaming import require_complete, stored_dtype
 from vlaquant.linear import CategoryBank
 
@@ -141,14 +141,14 @@ def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
-def _objective(model: Any, inputs: Inputs) -> Tensor:
-    """Of the velocity, in the pass of training."""
+def _decide(model: Any, inputs: Inputs) -> Decision:
+    """The errors of the velocity, in the pass of training."""
     missing = [name for name in _SHOWN if name not in inputs]
     if missing:
         raise CalibrationError(f"weighing tokens by gradients takes the pass of training; give {', '.join(missing)}")
     with _drawn_from(inputs):
         errors: Tensor = model({name: inputs[name] for name in (*_SEEN, *_SHOWN)})["action_loss"]
-    return from_squared_errors(errors)
+    return Decision(roots(errors), tokens=False)
 
 
 def _example(model: Any) -> Inputs:
@@ -235,5 +235,5 @@ GROOT = Family(
     act=_act,
     token_masks=_token_masks,
     token_types=_token_types,
-    objective=_objective,
+    decide=_decide,
 )

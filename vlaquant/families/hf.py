@@ -19,10 +19,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from vlaquant.errors import CalibrationError, CheckpointError
-from vlaquant.families.base import Family, Inputs, TokenType, empty_weights, ready
+from vlaquant.families.base import Decision, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
 from vlaquant.families.hf_samples import image_text_inputs
-from vlaquant.families.objectives import sampled_surprise
 from vlaquant.families.observation import Observation
 from vlaquant.families.renaming import live_names, require_complete
 from vlaquant.families.streams import llama_stream
@@ -119,10 +118,6 @@ def _run(model: nn.Module, inputs: Inputs) -> Tensor:
     return logits
 
 
-def _objective(model: nn.Module, inputs: Inputs) -> Tensor:
-    return sampled_surprise(_run(model, inputs))
-
-
 def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     """Of the language model's sequence, where there are images in it."""
     place = getattr(model.config, "image_token_id", None)
@@ -131,6 +126,11 @@ def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
         return {}
     types = torch.where(ids == place, TokenType.IMAGE, TokenType.TEXT)
     return {"language": types, "head": types}
+
+
+def _decide(model: nn.Module, inputs: Inputs) -> Decision:
+    """Logits of the token after each."""
+    return Decision(_run(model, inputs).flatten(0, 1).float(), tokens=True)
 
 
 def _loss(model: nn.Module, sample: Any) -> Tensor:
@@ -215,9 +215,9 @@ HF = Family(
     run=_run,
     example=_example,
     check=_check,
+    decide=_decide,
     keep_float=((rf"{_ANYWHERE}(?:mlp\.gate|router|shared_expert_gate)", _ROUTER),),
     token_types=_token_types,
-    objective=_objective,
     live_names=live_names,
     stream=llama_stream(
         r".*",

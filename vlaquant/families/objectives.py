@@ -7,6 +7,8 @@ distance between the decision and that of a slightly different model.
 import torch
 from torch import Tensor
 
+from vlaquant.families.base import Decision
+
 
 def sampled_surprise(logits: Tensor) -> Tensor:
     """−Σ log p(y) of tokens y that are drawn from the model's own distributions, logits [..., vocabulary].
@@ -25,6 +27,11 @@ def random_direction(values: Tensor) -> Tensor:
     return (values.float() * signs).sum()
 
 
-def from_squared_errors(errors: Tensor) -> Tensor:
-    """:func:`random_direction` of the roots of ``errors``, which is that of what is compared with a fixed target."""
-    return random_direction((errors.float() + torch.finfo(torch.float32).tiny).sqrt())
+def objective(decision: Decision) -> Tensor:
+    """The scalar of a decision: :func:`sampled_surprise` of tokens, :func:`random_direction` of numbers."""
+    return sampled_surprise(decision.output) if decision.tokens else random_direction(decision.output)
+
+
+def roots(errors: Tensor) -> Tensor:
+    """Of squared errors [..., n], as numbers [rows, n]: they move as what was compared with a fixed target."""
+    return (errors.float() + torch.finfo(torch.float32).tiny).sqrt().reshape(-1, errors.shape[-1])

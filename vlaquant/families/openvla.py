@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from vlaquant.errors import CalibrationError, CheckpointError
-from vlaquant.families.base import Converted, Family, Inputs, TokenType, empty_weights, ready
+from vlaquant.families.base import Converted, Decision, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
-from vlaquant.families.objectives import random_direction, sampled_surprise
 from vlaquant.families.renaming import require_complete, stored_dtype
 from vlaquant.families.streams import llama_stream
 from vlaquant.models.openvla import OpenVLAConfig, OpenVLAForActionPrediction
@@ -202,15 +201,17 @@ def _token_types(model: OpenVLAForActionPrediction, inputs: Inputs) -> dict[str,
     return {"language": types, "action": types}
 
 
-def _objective(model: OpenVLAForActionPrediction, inputs: Inputs) -> Tensor:
-    """Of the numbers of the action, or of the distributions that its tokens are chosen from."""
-    decided = _run(model, inputs)
+def _decide(model: OpenVLAForActionPrediction, inputs: Inputs) -> Decision:
+    """The head's chunk, or the logits of every action token after the demonstrated ones before it."""
+    output = _run(model, inputs)[0].float()
     if model.config.action_decoding == "regression":
-        return random_direction(decided)
-    count = len(model.config.action_query_token_ids)
-    if model.config.action_decoding == "autoregressive":
-        count = inputs["input_ids"].shape[1] - int(inputs["prompt_tokens"]) + 1
-    return sampled_surprise(decided[:, -count:])
+        return Decision(output, tokens=False)
+    if model.config.action_decoding == "parallel":
+        rows = len(model.config.action_query_token_ids)
+    else:
+        rows = inputs["input_ids"].shape[1] - int(inputs["prompt_tokens"]) + 1
+    bins = torch.from_numpy(model.action_tokens.bins(np.arange(output.shape[1])))
+    return Decision(output[-rows:], tokens=True, bins=bins.to(output.device))
 
 
 def _loss(model: OpenVLAForActionPrediction, sample: Any) -> Tensor:
@@ -293,7 +294,7 @@ OPENVLA = Family(
     ),
     act=_act,
     token_types=_token_types,
-    objective=_objective,
+    decide=_decide,
     converted=_converted,
     # The heads of OpenVLA-OFT read hidden states through a LayerNorm, and are not in here
     stream=llama_stream(

@@ -19,9 +19,8 @@ from transformers.models.pi0.image_processing_pi0 import PI0ImageProcessor
 from transformers.models.pi0.processing_pi0 import PI0Processor
 
 from vlaquant.errors import CalibrationError
-from vlaquant.families.base import Family, Inputs, TokenType, empty_weights, ready
+from vlaquant.families.base import Decision, Family, Inputs, TokenType, empty_weights, ready
 from vlaquant.families.folds import Fold, llama_folds
-from vlaquant.families.objectives import random_direction
 from vlaquant.families.renaming import live_names, require_complete, stored_dtype
 
 _VISION_BLOCK = r".*\.vision_tower\.(vision_model\.)?encoder\.layers\.\d+"
@@ -193,11 +192,11 @@ def _token_types(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     return {"language": language, "expert": expert}
 
 
-def _objective(model: Any, inputs: Inputs) -> Tensor:
-    """Of the velocity at the sample's random time: the joint pass of training, which gradients go through."""
+def _decide(model: Any, inputs: Inputs) -> Decision:
+    """The velocity at the sample's random time: the joint pass of training, as sampling has no gradients."""
     names = ("state", "noise", "timestep", "input_ids", "pixel_values", "pixel_attention_mask", "attention_mask")
     noisy = {name: inputs[name] for name in (*names, "actions") if name in inputs}
-    return random_direction(model(**noisy).logits)
+    return Decision(model(**noisy).logits.flatten(0, 1).float(), tokens=False)
 
 
 def _example(model: Any) -> Inputs:
@@ -274,9 +273,9 @@ PI0 = Family(
         (r"embed_action_time\.action_time_mlp_(in|out)", f"mixes the time into every action, {_EVERY_STEP}"),
     ),
     act=_act,
+    decide=_decide,
     token_masks=_token_masks,
     token_types=_token_types,
-    objective=_objective,
     loss=_loss,
     live_names=live_names,
 )

@@ -2,6 +2,7 @@
 
 from vlaquant.plan.making import legal_groups, make_plan, packed_bytes
 from vlaquant.plan.verdicts import (
+    MIXED,
     LayerPlan,
     OtherTensor,
     Plan,
@@ -13,6 +14,7 @@ from vlaquant.plan.verdicts import (
 )
 
 __all__ = [
+    "MIXED",
     "LayerPlan",
     "OtherTensor",
     "Plan",

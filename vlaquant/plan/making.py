@@ -155,7 +155,7 @@ def _verdict(
         return None, f"rule '{rule.target}'"
     if obstacle is not None:
         return None, obstacle
-    reason = f"rule '{rule.target}'"
+    reason = rule.why or f"rule '{rule.target}'"
     if dead is not None:
         if scheme.activation is not None and not scheme.activation.dynamic:
             return None, f"unused ({dead}), so its activation range is unknown"

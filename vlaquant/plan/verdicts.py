@@ -7,6 +7,8 @@ from typing import Any
 from vlaquant.scheme import Scheme, scheme_from_dict, scheme_to_dict
 
 _MIB = 2**20
+#: How the reasons begin that a budget gives, each layer one of its own.
+MIXED = "mixed: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,8 @@ class Plan:
         """One line a layer, and one for every other tensor."""
         rows = [("name", "shape", "part", "scheme", "bytes before", "bytes after", "reason")]
         for one in self.covered:
-            part, scheme, reason = _row_key(one)
+            part, scheme, _ = _row_key(one)
+            reason = f"{one.kind}: {one.reason}" if isinstance(one, TablePlan) else one.reason
             sizes = (f"{one.bytes_before:,}", f"{one.bytes_after:,}")
             rows.append((one.name, "x".join(map(str, one.shape)), part, scheme, *sizes, reason))
         for other in self.others:
@@ -200,7 +203,8 @@ def format_table(rows: Iterable[tuple[str, ...]]) -> str:
 def _row_key(one: LayerPlan | TablePlan) -> tuple[str, str, str]:
     if isinstance(one, TablePlan):
         return one.part, one.stored, f"{one.kind}: {one.reason}"
-    return one.part, "float" if one.scheme is None else one.scheme.name, one.reason
+    reason = "mixed precision" if one.reason.startswith(MIXED) else one.reason
+    return one.part, "float" if one.scheme is None else one.scheme.name, reason
 
 
 def with_dead(plan: Plan, never_ran: Iterable[str]) -> Plan:

@@ -4,34 +4,31 @@ Parsed strictly: a key that is not known, a value of the wrong type or a scheme 
 names the line, the place and the nearest legal word. What a recipe means for a model is decided in ``plan``.
 """
 
-from vlaquant.recipe.needs import needs_calibration, needs_float_chain, pairs_inputs, require_calibration
-from vlaquant.recipe.parsing import load_recipe
-from vlaquant.recipe.sections import (
+from vlaquant.recipe.base import parse_bytes
+from vlaquant.recipe.goals import Budget, Require
+from vlaquant.recipe.methods import (
     AutoRound,
     Awq,
-    Calibration,
-    Episodes,
     Gptaq,
     Gptq,
     GradientWeights,
-    JsonLines,
     LayerScale,
-    LeRobot,
-    OnIndivisible,
     Quantizer,
-    Recipe,
     Rotation,
     Rtn,
-    Rule,
     SmoothQuant,
-    Text,
     Transform,
     TypeWeights,
 )
+from vlaquant.recipe.needs import needs_calibration, needs_float_chain, pairs_inputs, require_calibration
+from vlaquant.recipe.parsing import load_recipe
+from vlaquant.recipe.sections import OnIndivisible, Recipe, Rule, pattern_matches
+from vlaquant.recipe.sources import Calibration, Episodes, JsonLines, LeRobot, Text
 
 __all__ = [
     "AutoRound",
     "Awq",
+    "Budget",
     "Calibration",
     "Episodes",
     "Gptaq",
@@ -43,6 +40,7 @@ __all__ = [
     "OnIndivisible",
     "Quantizer",
     "Recipe",
+    "Require",
     "Rotation",
     "Rtn",
     "Rule",
@@ -54,5 +52,7 @@ __all__ = [
     "needs_calibration",
     "needs_float_chain",
     "pairs_inputs",
+    "parse_bytes",
+    "pattern_matches",
     "require_calibration",
 ]

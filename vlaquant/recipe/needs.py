@@ -1,7 +1,8 @@
 """Which parts of a recipe cannot work without calibration data."""
 
 from vlaquant.errors import RecipeError
-from vlaquant.recipe.sections import AutoRound, Gptaq, Gptq, LayerScale, Recipe, Rotation, Rtn
+from vlaquant.recipe.methods import AutoRound, Gptaq, Gptq, LayerScale, Rotation, Rtn
+from vlaquant.recipe.sections import Recipe
 
 
 def needs_calibration(recipe: Recipe) -> list[str]:

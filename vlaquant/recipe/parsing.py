@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vlaquant.errors import RecipeError
-from vlaquant.recipe.sections import KINDS, Recipe, Rule, Section
+from vlaquant.recipe.base import Section
+from vlaquant.recipe.goals import Budget, Require
+from vlaquant.recipe.sections import KINDS, Recipe, Rule
 from vlaquant.recipe.words import did_you_mean, shown
 
 #: ``1e-2`` is a number in YAML 1.2, but a string in the YAML 1.1 that PyYAML reads.
@@ -101,7 +103,7 @@ def _problem(details: ErrorDetails, data: Any, where: str, tree: yaml.Node | Non
     elif details["type"].startswith("union_tag"):
         keys.append("kind")
     place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
-    return f"{where}{line}: {place}: {_complaint(details)}"
+    return ": ".join(part for part in (f"{where}{line}", place, _complaint(details)) if part)
 
 
 def _present_keys(location: Sequence[int | str], data: Any) -> list[int | str]:
@@ -153,4 +155,5 @@ def _section(location: Sequence[int | str]) -> type[Section]:
     """The class that was asked for a key it does not have."""
     if len(location) == 1:
         return Recipe
-    return Rule if location[0] == "rules" else KINDS[str(location[0])][str(location[-2])]
+    plain: dict[object, type[Section]] = {"rules": Rule, "budget": Budget, "require": Require}
+    return plain.get(location[0]) or KINDS[str(location[0])][str(location[-2])]

@@ -1,36 +1,39 @@
 """What a recipe can hold: frozen values that are checked when they are made, each class one mapping of the file."""
 
 import fnmatch
-import os
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, PlainValidator, PositiveInt, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vlaquant.errors import RecipeError
 from vlaquant.families import FAMILIES
-from vlaquant.recipe.words import did_you_mean, shown
-from vlaquant.scheme import Granularity, Scheme, get_scheme
+from vlaquant.recipe.base import GroupSize, Name, RecipePath, Section
+from vlaquant.recipe.goals import Budget, Require
+from vlaquant.recipe.methods import (
+    AnyTransform,
+    AutoRound,
+    Awq,
+    Gptaq,
+    Gptq,
+    GradientWeights,
+    LayerScale,
+    Quantizer,
+    Rotation,
+    Rtn,
+    SmoothQuant,
+    TokenWeights,
+    Transform,
+    TypeWeights,
+)
+from vlaquant.recipe.sources import Calibration, Episodes, JsonLines, LeRobot, Text
+from vlaquant.recipe.words import did_you_mean
+from vlaquant.scheme import Scheme, get_scheme
 
 #: What to do with a layer whose columns do not divide into the groups of its scheme.
 OnIndivisible = Literal["error", "nearest", "channel", "keep"]
 
 _FLOAT = "float"
-
-
-def _group_size(value: object) -> int | str:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    if isinstance(value, str) and value in {Granularity.CHANNEL, Granularity.TENSOR}:
-        return value
-    raise ValueError(f"must be a positive number of columns, 'channel' or 'tensor', got {shown(value)}")
-
-
-def _anchored(path: Path, info: ValidationInfo) -> Path:
-    """``path`` as seen from the recipe file's folder; as it is for a recipe that came as a mapping."""
-    folder: Path | None = (info.context or {}).get("folder")
-    return path if folder is None else Path(os.path.normpath(folder / path.expanduser()))
 
 
 def _known_scheme(name: str) -> str:
@@ -58,24 +61,11 @@ def _valid_pattern(pattern: str) -> str:
     return pattern
 
 
-def _alpha(value: object) -> float | str:
-    if value == "search":
-        return "search"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"must be a number from 0 to 1, or 'search', got {shown(value)}")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"must be from 0 to 1, or 'search', got {shown(value)}")
-    return float(value)
-
-
-Name = Annotated[str, Field(min_length=1)]
-GroupSize = Annotated[int | Literal["channel", "tensor"], PlainValidator(_group_size)]
-Alpha = Annotated[float | Literal["search"], PlainValidator(_alpha)]
-RecipePath = Annotated[Path, Field(strict=False), AfterValidator(_anchored)]
-
-
-class Section(BaseModel, frozen=True, extra="forbid", strict=True):
-    """A mapping of the recipe: no key beyond those declared, no conversion between types."""
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a glob, or ``re:`` and a regular expression for all of the name, matches."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
 
 
 class Rule(Section):
@@ -96,6 +86,7 @@ class Rule(Section):
             latter two take ``w8a16`` (one scale a row, or a robot and output) and ``float``.
         embodiment: of banks, keep only the weights of this one (its number in ``embodiment_id.json``), unchanged with
             ``float``. The checkpoint then refuses every other.
+        why: shown in the plan as the reason, in the place of the rule; a budget says there why it chose.
     """
 
     part: Name | None = None
@@ -107,6 +98,7 @@ class Rule(Section):
     on_indivisible: OnIndivisible | None = None
     modules: Literal["linear", "embedding", "bank"] = "linear"
     embodiment: Annotated[int, Field(ge=0)] | None = None
+    why: Name | None = None
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -137,11 +129,7 @@ class Rule(Section):
 
     def matches(self, name: str, part: str) -> bool:
         """Whether the rule is about the module called ``name``, which belongs to ``part``."""
-        if self.pattern is None:
-            return part == self.part
-        if self.pattern.startswith("re:"):
-            return re.fullmatch(self.pattern.removeprefix("re:"), name) is not None
-        return fnmatch.fnmatchcase(name, self.pattern)
+        return part == self.part if self.pattern is None else pattern_matches(self.pattern, name)
 
     def resolve_scheme(self) -> Scheme | None:
         """The preset with this rule's overrides; None keeps the layers float."""
@@ -151,269 +139,6 @@ class Rule(Section):
         overrides = self._overrides()
         return scheme.with_weight(**overrides) if overrides else scheme
 
-
-class _OfParts(Section):
-    """A transform: for all of the model, or only for the ``parts`` that it names.
-
-    Attributes:
-        parts: of the model; all if it is left out.
-    """
-
-    parts: Annotated[tuple[Name, ...] | None, Field(strict=False, min_length=1)] = None
-
-
-class SmoothQuant(_OfParts):
-    """Move outliers from activations into weights.
-
-    Attributes:
-        parts: of the model that it is for; all if it is left out.
-        alpha: how much of them moves: nothing at 0, all at 1; ``search`` looks for the best of each fold.
-    """
-
-    kind: Literal["smoothquant"] = "smoothquant"
-    alpha: Alpha = 0.5
-
-
-class Awq(_OfParts):
-    """Scale up the columns that matter most before rounding.
-
-    Attributes:
-        parts: of the model that it is for; all if it is left out.
-        grid: how many strengths are tried; the first of them is none.
-        duo: try as many scales that also shrink columns with large weights.
-    """
-
-    kind: Literal["awq"] = "awq"
-    grid: PositiveInt = 20
-    duo: bool = False
-
-
-class LayerScale(_OfParts):
-    """Multiply the factors of LayerScales (DINOv2) into the Linears before them."""
-
-    kind: Literal["layerscale"] = "layerscale"
-
-
-class Rotation(Section):
-    """Turn the float model into another basis, drawn from the recipe's seed, in which no channel stands out.
-
-    Attributes:
-        residual: turn the residual stream. A head that shares its weight with the embedding gets one of its own.
-        values: turn the values of each attention head.
-    """
-
-    kind: Literal["rotation"] = "rotation"
-    residual: bool = True
-    values: bool = True
-
-    @model_validator(mode="after")
-    def _turns_something(self) -> Self:
-        if not (self.residual or self.values):
-            raise ValueError("turns nothing; leave it out, or set 'residual' or 'values' to true")
-        return self
-
-
-class Rtn(Section):
-    """Round each weight to the nearest code.
-
-    Attributes:
-        clip: a group's range: all of it, or searched for the least error on weights (``mse``) or outputs (``awq``).
-        refit: fit the scales once more when the codes are known, for the least error on outputs.
-    """
-
-    kind: Literal["rtn"] = "rtn"
-    clip: Literal["minmax", "mse", "awq"] = "minmax"
-    refit: bool = False
-
-
-class _ColumnByColumn(Section):
-    """What :class:`Gptq` and :class:`Gptaq` share.
-
-    Attributes:
-        clip: as for rtn. The full range is best: columns that make up for others need room.
-        refit: as for rtn.
-        damp: share of the Hessian's mean diagonal that is added to the diagonal.
-        block_size: columns that are corrected together; changes speed, not the result.
-        act_order: begin with the columns that see the largest activations.
-    """
-
-    kind: str
-    clip: Literal["minmax", "mse", "awq"] = "minmax"
-    refit: bool = False
-    damp: float = Field(default=0.01, gt=0.0, le=1.0)
-    block_size: PositiveInt = 128
-    act_order: bool = True
-
-
-class Gptq(_ColumnByColumn):
-    """Round column by column and let the columns that are left make up for the error."""
-
-    kind: Literal["gptq"] = "gptq"
-
-
-class Gptaq(_ColumnByColumn):
-    """GPTQ that also makes up for what earlier quantized layers changed in the input; needs ``propagate: quantized``.
-
-    Attributes:
-        alpha: share of that change which is made up for; with 0 it is GPTQ.
-    """
-
-    kind: Literal["gptaq"] = "gptaq"
-    alpha: float = Field(default=1.0, ge=0.0, le=1.0)
-
-
-#: Of one layer.
-Quantizer = Annotated[Rtn | Gptq | Gptaq, Field(discriminator="kind")]
-
-
-class AutoRound(Section):
-    """Learn how the weights of each block are rounded, so that the block's output stays; takes minutes a block.
-
-    Needs blocks that run once a sample, and ``propagate: quantized``.
-
-    Attributes:
-        start: the quantizer whose codes it begins with, and never does worse than.
-        iterations: steps of signed gradient descent.
-        learning_rate: length of the first step; by default 1 / iterations.
-        batch: samples a step.
-        ranges: whether the range of each group is learnt too.
-    """
-
-    kind: Literal["autoround"] = "autoround"
-    start: Quantizer = Gptq()
-    iterations: PositiveInt = 200
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    batch: PositiveInt = 8
-    ranges: bool = True
-
-
-class TypeWeights(Section):
-    """What a token of each type counts for in Hessians and in the losses of searches; padding counts for nothing.
-
-    Attributes:
-        image: of a token that an image became.
-        text: of a token of the instruction.
-        state: of a token that the robot's state became.
-        action: of a token that decides an action.
-    """
-
-    kind: Literal["types"] = "types"
-    image: float = Field(default=1.0, ge=0.0)
-    text: float = Field(default=1.0, ge=0.0)
-    state: float = Field(default=1.0, ge=0.0)
-    action: float = Field(default=1.0, ge=0.0)
-
-    @model_validator(mode="after")
-    def _something_counts(self) -> Self:
-        if not any((self.image, self.text, self.state, self.action)):
-            raise ValueError("weighs all tokens 0; give at least one type a weight above 0")
-        return self
-
-
-class GradientWeights(Section):
-    """A token counts for its squared gradient of what the policy decides.
-
-    Attributes:
-        power: the gradient's; less than 1 levels it out.
-    """
-
-    kind: Literal["gradient"] = "gradient"
-    power: float = Field(default=1.0, gt=0.0, le=1.0)
-
-
-Cameras = Annotated[tuple[Name | None, ...] | None, Field(strict=False, min_length=1)]
-
-
-class Episodes(Section):
-    """Recorded robot episodes: observations, evenly spread over one split of a ``datasets`` folder.
-
-    Attributes:
-        path: the folder, with a subfolder of parquet files for each split.
-        unnorm_key: dataset whose action statistics apply; can be left out if the checkpoint knows only one.
-        split: which subfolder.
-        cameras: image columns in the order of the policy's cameras, null for one that is missing; by default ``image``,
-            or else all image columns.
-        state: column of the state, by default ``state``.
-        action: column of the action, by default ``action``.
-        samples: how many observations.
-        min_tokens: it is an error if a layer sees fewer.
-    """
-
-    kind: Literal["episodes"] = "episodes"
-    path: RecipePath
-    unnorm_key: Name | None = None
-    split: Name = "calibration"
-    cameras: Cameras = None
-    state: Name | None = None
-    action: Name | None = None
-    samples: PositiveInt = 64
-    min_tokens: PositiveInt = 32
-
-
-class LeRobot(Section):
-    """A LeRobotDataset folder, layout 2.0, 2.1 or 3.0: frames spread over its episodes and their phases.
-
-    Attributes:
-        path: the dataset's folder.
-        unnorm_key: as for episodes.
-        cameras: keys in the order of the policy's cameras, null for one that is missing; by default all of the dataset.
-        state: key of the state, by default ``observation.state``.
-        action: key of the action, by default ``action``.
-        chunk: give the actions of so many frames from each one on.
-        samples: how many frames.
-        min_tokens: it is an error if a layer sees fewer.
-    """
-
-    kind: Literal["lerobot"] = "lerobot"
-    path: RecipePath
-    unnorm_key: Name | None = None
-    cameras: Cameras = None
-    state: Name | None = None
-    action: Name | None = None
-    chunk: PositiveInt | None = None
-    samples: PositiveInt = 64
-    min_tokens: PositiveInt = 32
-
-
-class JsonLines(Section):
-    """A file with a JSON object a line beside image files, as docs/robot-data.md describes it; chosen as for lerobot.
-
-    Attributes:
-        path: the file; images lie relative to its folder.
-        unnorm_key: as for episodes.
-        samples: how many lines.
-        min_tokens: it is an error if a layer sees fewer.
-    """
-
-    kind: Literal["jsonl"] = "jsonl"
-    path: RecipePath
-    unnorm_key: Name | None = None
-    samples: PositiveInt = 64
-    min_tokens: PositiveInt = 32
-
-
-class Text(Section):
-    """A text file, for language models: windows of it, evenly spread.
-
-    Attributes:
-        path: the file.
-        samples: how many windows.
-        sequence_length: tokens of a window.
-        min_tokens: it is an error if a layer sees fewer.
-    """
-
-    kind: Literal["text"] = "text"
-    path: RecipePath
-    samples: PositiveInt = 64
-    sequence_length: PositiveInt = 512
-    min_tokens: PositiveInt = 32
-
-
-Transform = Annotated[SmoothQuant | Awq | LayerScale, Field(discriminator="kind")]
-#: A rotation changes the whole model before its first stage, all others are done stage by stage.
-AnyTransform = Annotated[SmoothQuant | Awq | LayerScale | Rotation, Field(discriminator="kind")]
-TokenWeights = Annotated[TypeWeights | GradientWeights, Field(discriminator="kind")]
-Calibration = Annotated[Episodes | LeRobot | JsonLines | Text, Field(discriminator="kind")]
 
 #: Key of the recipe -> {kind: the section it then holds}.
 KINDS: dict[str, dict[str, type[Section]]] = {
@@ -453,6 +178,10 @@ class Recipe(Section):
         token_weights: what tokens count for while layers are calibrated; all the same if it is left out.
         calibration: data; can be left out if nothing needs it or samples come from Python.
         seed: of every random choice, such as which frames are taken.
+        budget: shares precision out among the layers that rules quantize.
+        require: gates that the written model has to pass.
+        on_miss: when it misses one: fail, or give the layers that harm most the next better candidate of the budget,
+            and try again.
     """
 
     family: Annotated[str, AfterValidator(_known_family)] = "auto"
@@ -467,6 +196,19 @@ class Recipe(Section):
     token_weights: TokenWeights | None = None
     calibration: Calibration | None = None
     seed: Annotated[int, Field(ge=0)] = 0
+    budget: Budget | None = None
+    require: Require | None = None
+    on_miss: Literal["fail", "raise_precision"] = "fail"
+
+    @model_validator(mode="after")
+    def _goals_make_sense(self) -> Self:
+        if self.on_miss == "raise_precision" and (self.require is None or self.budget is None):
+            raise ValueError(
+                "on_miss: raise_precision needs gates in `require:`, and in `budget:` the candidates to raise layers to"
+            )
+        if self.require is not None and self.require.path is None and not isinstance(self.calibration, Episodes):
+            raise ValueError("require: needs `path:`, held-out data of the calibration's kind")
+        return self
 
     @property
     def rotation(self) -> Rotation | None:

@@ -15,7 +15,7 @@ from vlaquant.families.base import Family
 from vlaquant.families.folds import Fold, llama_folds
 from vlaquant.families.lerobot.building import build, converted, live_names, load, owns, owns_config
 from vlaquant.families.lerobot.processing import inputs_of
-from vlaquant.families.lerobot.running import act, check, example, objective, run, token_masks, token_types
+from vlaquant.families.lerobot.running import act, check, decide, example, run, token_masks, token_types
 
 _VISION_BLOCK = r".*\.vision_(model|tower)\.(vision_model\.)?encoder\.layers\.\d+"
 _SMOLVLA_EXPERT = r".*\.lm_expert\.layers\.\d+"
@@ -99,7 +99,7 @@ LEROBOT = Family(
     act=act,
     token_masks=token_masks,
     token_types=token_types,
-    objective=objective,
+    decide=decide,
     live_names=live_names,
     converted=converted,
 )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vlaquant.errors import CalibrationError
-from vlaquant.families.base import Inputs, TokenType
+from vlaquant.families.base import Decision, Inputs, TokenType
 from vlaquant.families.lerobot.processing import ACTION, NOISE, STATE, TIME, TOKEN_MASK, TOKENS, complete
-from vlaquant.families.objectives import from_squared_errors
+from vlaquant.families.objectives import roots
 
 
 def run(policy: Any, inputs: Inputs) -> Tensor:
@@ -28,12 +28,12 @@ def run(policy: Any, inputs: Inputs) -> Tensor:
         return torch.cat([sampled.flatten(1), errors.flatten(1)], dim=1)
 
 
-def objective(policy: Any, inputs: Inputs) -> Tensor:
-    """Of the velocity at the sample's random time: the joint pass of training, which gradients go through."""
+def decide(policy: Any, inputs: Inputs) -> Decision:
+    """The errors of the velocity at the sample's random time, in the joint pass of training."""
     if ACTION not in inputs:
         raise CalibrationError("weighing tokens by gradients takes the pass of training; use data with actions")
     with eager(policy):
-        return from_squared_errors(_errors(policy, inputs))
+        return Decision(roots(_errors(policy, inputs)), tokens=False)
 
 
 def act(policy: Any, inputs: Inputs) -> Tensor:
