@@ -82,15 +82,23 @@ def described(section: type[Section]) -> tuple[str, dict[str, str]]:
     Raises:
         LookupError: a key of which it says nothing, or one that the class does not have.
     """
-    prose, _, listed = inspect.cleandoc(section.__doc__ or "").partition("\n\nAttributes:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", listed, flags=re.MULTILINE)
-    meanings = {key: _markdown(re.sub(r"\s+", " ", text)) for key, text in entries}
+    prose, meanings = _own_words(section)
     keys = [key for key in section.model_fields if key != "kind"]
+    for parent in section.__mro__[1:]:
+        if issubclass(parent, Section):
+            inherited = _own_words(parent)[1]
+            meanings |= {key: text for key, text in inherited.items() if key in keys and key not in meanings}
     if missing := [key for key in keys if key not in meanings]:
         raise LookupError(f"{section.__name__}: say in its docstring, under Attributes, what {', '.join(missing)} mean")
     if unknown := [key for key in meanings if key not in keys]:
         raise LookupError(f"{section.__name__}: its docstring speaks of {', '.join(unknown)}, which it does not have")
     return _markdown(prose), meanings
+
+
+def _own_words(section: type[Section]) -> tuple[str, dict[str, str]]:
+    prose, _, listed = inspect.cleandoc(section.__doc__ or "").partition("\n\nAttributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", listed, flags=re.MULTILINE)
+    return prose, {key: _markdown(re.sub(r"\s+", " ", text)) for key, text in entries}
 
 
 def in_words(annotation: Any) -> str:

@@ -37,6 +37,7 @@ ORDER = [
     "training",
     "benchmark",
     "report",
+    "commands",
     "cli",
 ]
 #: Entrances to the package: they may import every room.

@@ -109,7 +109,7 @@ def test_interruption(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vlaquant.cli.plan", interrupted)
+    monkeypatch.setattr("vlaquant.commands.plan", interrupted)
     assert main(["plan", "--config", recipe(tmp_path), "--model", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "vlaquant: interrupted; no output was written\n"
 

@@ -69,7 +69,7 @@ def test_the_reference_knows_every_section_and_key() -> None:
     assert len(described) == len(set(described))
 
 
-class Budget(Section):
+class Allowance(Section):
     """How much may be used.
 
     Attributes:
@@ -83,25 +83,25 @@ class Budget(Section):
 
 
 class Wider(sections.Recipe):
-    budget: Budget | None = None
+    allowance: Allowance | None = None
 
 
 def test_the_reference_copes_with_sections_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "Recipe", Wider)
-    assert ("`budget`", Budget) in reference.sections()
-    summary, meanings = reference.described(Budget)
+    assert ("`allowance`", Allowance) in reference.sections()
+    summary, meanings = reference.described(Allowance)
     assert summary == "How much may be used."
     assert meanings["bytes"] == "at most so many, over two lines; see `Recipe`."
     assert reference.in_words(sections.Rule.model_fields["embodiment"].annotation) == (
         "whole number, at least 0, may be `null`"
     )
-    assert reference.in_words(Budget.model_fields["parts"].annotation) == "mapping of text to number, may be `null`"
-    monkeypatch.setattr(Budget, "__doc__", "How much.\n\nAttributes:\n    bytes: so many.\n")
+    assert reference.in_words(Allowance.model_fields["parts"].annotation) == "mapping of text to number, may be `null`"
+    monkeypatch.setattr(Allowance, "__doc__", "How much.\n\nAttributes:\n    bytes: so many.\n")
     with pytest.raises(LookupError, match="what parts mean"):
-        reference.described(Budget)
-    monkeypatch.setattr(Budget, "__doc__", "How much.\n\nAttributes:\n    bytes: a.\n    parts: b.\n    more: c.\n")
+        reference.described(Allowance)
+    monkeypatch.setattr(Allowance, "__doc__", "How much.\n\nAttributes:\n    bytes: a.\n    parts: b.\n    more: c.\n")
     with pytest.raises(LookupError, match="speaks of more"):
-        reference.described(Budget)
+        reference.described(Allowance)
 
 
 def _measured(results: dict[str, Any], key: str) -> list[str]:

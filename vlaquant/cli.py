@@ -1,7 +1,6 @@
 """The command ``vlaquant``: each subcommand reads its arguments, calls one function and prints."""
 
 import argparse
-import json
 import logging
 import re
 import signal
@@ -9,31 +8,25 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
-import torch
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from vlaquant.benchmark.action import ActionSettings, bench_action
-from vlaquant.benchmark.doctor import diagnose
-from vlaquant.benchmark.doctor import report as doctor_report
-from vlaquant.benchmark.shapes import Settings, bench_shapes, parse_schemes, parse_shapes
-from vlaquant.benchmark.tables import action_table, shapes_table
 from vlaquant.benchmark.timing import CLOCKS
-from vlaquant.checkpoint import read_config, read_manifest
+from vlaquant.commands import (
+    run_bench,
+    run_doctor,
+    run_evaluate,
+    run_inspect,
+    run_plan,
+    run_qat,
+    run_quantize,
+    run_report,
+    run_sensitivity,
+)
 from vlaquant.engine.processes import launched
-from vlaquant.engine.run import RunOptions
 from vlaquant.errors import RecipeError, VlaquantError
-from vlaquant.evaluate.evaluation import evaluate_language, evaluate_policy, table
-from vlaquant.goals.plotting import plot_curve, plot_scan
-from vlaquant.pipeline import plan, progressive, quantize
-from vlaquant.plan import plan_from_dict
-from vlaquant.recipe import Budget, load_recipe, parse_bytes
-from vlaquant.report import Measured, measure, read_report, render, render_comparison
-from vlaquant.sensitivity import Method, mix, sensitivity
-from vlaquant.training import Training, finetune
+from vlaquant.recipe import parse_bytes
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -94,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="cpu", help="where the model runs while it is calibrated, such as cuda")
     run.add_argument("--log", type=Path, metavar="FILE", help="log of the run, JSON lines (default: OUTPUT.log.jsonl)")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    run.set_defaults(command=_quantize)
+    run.set_defaults(command=run_quantize)
 
     qat = commands.add_parser("qat", help="fine-tune with rounded weights for a while, and write a packed checkpoint")
     _add_recipe_arguments(qat)
@@ -103,25 +96,25 @@ def _parser() -> argparse.ArgumentParser:
     qat.add_argument("--steps", type=int, required=True, metavar="N", help="of the optimizer")
     qat.add_argument("--learning-rate", type=float, default=1e-4, help="of the first step; falls linearly to 0")
     qat.add_argument("--batch", type=int, default=8, help="demonstrations a step")
-    qat.set_defaults(command=_qat)
+    qat.set_defaults(command=run_qat)
 
     show = commands.add_parser("plan", help="print what a recipe would do to a model")
     _add_recipe_arguments(show)
     show.add_argument("--layers", action="store_true", help="one line a layer")
-    show.set_defaults(command=_plan)
+    show.set_defaults(command=run_plan)
 
     _add_sensitivity_arguments(commands.add_parser("sensitivity", help="print what each scheme does to each layer"))
     _add_eval_arguments(commands.add_parser("eval", help="compare a quantized checkpoint with its float original"))
     _add_bench_arguments(commands.add_parser("bench", help="measure kernels, or one action of a policy"))
     doctor = commands.add_parser("doctor", help="print what this machine has, and which kernels run on it")
     doctor.add_argument("--json", action="store_true", help="print the result as JSON")
-    doctor.set_defaults(command=_doctor)
+    doctor.set_defaults(command=run_doctor)
 
     _add_report_arguments(commands.add_parser("report", help="write one HTML page about a quantized checkpoint"))
     inspect = commands.add_parser("inspect", help="print what a quantized checkpoint holds")
     inspect.add_argument("directory", type=Path)
     inspect.add_argument("--layers", action="store_true", help="one line a layer")
-    inspect.set_defaults(command=_inspect)
+    inspect.set_defaults(command=run_inspect)
     return parser
 
 
@@ -136,7 +129,7 @@ def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--sequence-length", type=int, default=512, help="tokens of one window of text")
     evaluate.add_argument("--rollouts", type=int, default=0, metavar="N", help="paired closed-loop episodes a task")
     evaluate.add_argument("--json", type=Path, help="write the result here too")
-    evaluate.set_defaults(command=_evaluate)
+    evaluate.set_defaults(command=run_evaluate)
 
 
 def _add_sensitivity_arguments(scan: argparse.ArgumentParser) -> None:
@@ -149,7 +142,7 @@ def _add_sensitivity_arguments(scan: argparse.ArgumentParser) -> None:
     scan.add_argument("--device", default="cpu", help="such as cuda")
     scan.add_argument("--json", type=Path, metavar="FILE", help="write the result here too; a budget can read it")
     scan.add_argument("--plot", type=Path, metavar="FILE", help="draw it, as .png, .svg or .pdf (needs matplotlib)")
-    scan.set_defaults(command=_sensitivity)
+    scan.set_defaults(command=run_sensitivity)
 
 
 def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
@@ -172,7 +165,7 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     action.add_argument("--unnorm-key", help="dataset whose action statistics apply, if the policy knows several")
     action.add_argument("--dtypes", help="of the reference; stored: as on disk (default: float32,bfloat16)")
     action.add_argument("--model-dtypes", help="of DIR (default: stored)")
-    bench.set_defaults(command=_bench)
+    bench.set_defaults(command=run_bench)
 
 
 def _add_report_arguments(page: argparse.ArgumentParser) -> None:
@@ -190,7 +183,7 @@ def _add_report_arguments(page: argparse.ArgumentParser) -> None:
     inside.add_argument("--unnorm-key", help="dataset whose action statistics apply, if the policy knows several")
     inside.add_argument("--json", type=Path, metavar="FILE", help="write what was found there here too")
     inside.add_argument("--measured", type=Path, metavar="FILE", help="what --json wrote: no model is needed")
-    page.set_defaults(command=_report)
+    page.set_defaults(command=run_report)
 
 
 def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,197 +204,3 @@ def _numbers(text: str) -> tuple[int, ...]:
     if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) is None:
         raise argparse.ArgumentTypeError(f"{text!r} are no positive whole numbers; write them like 1,8,32")
     return tuple(map(int, text.split(",")))
-
-
-def _model_directory(args: argparse.Namespace, recipe_model: Path | None) -> Path:
-    model: Path | None = args.model or recipe_model
-    if model is None:
-        raise RecipeError(f"{args.config}: names no model; add `model:` to it or give --model DIR")
-    return model
-
-
-def _quantize(args: argparse.Namespace) -> None:
-    recipe = load_recipe(args.config)
-    model = _model_directory(args, recipe.model)
-    rank, _ = launched()
-    if args.dry_run:
-        if rank == 0:
-            print(plan(model, recipe))
-        return
-    output = args.output or recipe.output
-    if output is None:
-        raise RecipeError(f"{args.config}: names no output; add `output:` to it or give --output DIR")
-    options = RunOptions(max_memory=args.max_memory, mode=args.mode, device=args.device, log=args.log)
-    result = quantize(
-        model, recipe, output=output, options=options, overwrite=args.overwrite, resume=args.resume, progress=True
-    )
-    if rank == 0:
-        print(result)
-
-
-def _qat(args: argparse.Namespace) -> None:
-    recipe = load_recipe(args.config)
-    training = Training(args.steps, args.learning_rate, args.batch)
-    model = _model_directory(args, recipe.model)
-    print(finetune(model, recipe, training, output=args.output, overwrite=args.overwrite, progress=True))
-
-
-def _plan(args: argparse.Namespace) -> None:
-    recipe = load_recipe(args.config)
-    made = plan(_model_directory(args, recipe.model), recipe)
-    print(made.layer_table() if args.layers else made)
-
-
-def _sensitivity(args: argparse.Namespace) -> None:
-    recipe = load_recipe(args.config)
-    model = _model_directory(args, recipe.model)
-    if args.samples is not None:
-        if args.samples < 1:
-            raise RecipeError("--samples must be positive")
-        budget = (recipe.budget or Budget()).model_copy(update={"samples": args.samples})
-        recipe = recipe.model_copy(update={"budget": budget})
-    options = RunOptions(device=args.device)
-    if args.progressive:
-        scan, curve = progressive(model, recipe, options=options, progress=True)
-        _write_json(args.json, scan.to_dict() | {"progressive": curve.to_dict()})
-        if args.plot is not None:
-            plot_curve(curve, args.plot)
-        print(curve)
-        print(f"\n{curve.best}")
-        return
-    every: tuple[Method, ...] = ("estimated", "measured")
-    methods = [one for one in every if getattr(args, one)] or every
-    scan = sensitivity(model, recipe, methods=methods, options=options, progress=True)
-    _write_json(args.json, scan.to_dict())
-    if args.plot is not None:
-        plot_scan(scan, args.plot)
-    print(scan)
-    if recipe.budget is not None and recipe.budget.limited and not recipe.budget.progressive:
-        method = recipe.budget.method if recipe.budget.method in methods else methods[0]
-        print(f"\n{mix(scan, recipe.budget.model_copy(update={'method': method}))}")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    if args.text is not None:
-        result = evaluate_language(
-            args.model, args.reference, args.text, count=args.samples or 32, length=args.sequence_length
-        )
-    else:
-        result = evaluate_policy(
-            args.model,
-            args.reference,
-            args.episodes,
-            count=args.samples,
-            rollouts=args.rollouts,
-            unnorm_key=args.unnorm_key,
-        )
-    _write_json(args.json, result)
-    print(table(result))
-
-
-def _write_json(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def _bench(args: argparse.Namespace) -> None:
-    common = _given(args, "rounds", "threads")
-    if any(value < 1 for value in common.values()):
-        raise RecipeError("--rounds and --threads must be positive")
-    common |= {"clock": args.clock, "device": args.device}
-    of_shapes = _given(args, "tokens", "schemes", "dtype", "group_size")
-    of_action = _given(args, "reference", "episodes", "unnorm_key", "dtypes", "model_dtypes")
-    misplaced = of_action if args.shapes is not None else of_shapes
-    if misplaced:
-        option = "--" + next(iter(misplaced)).replace("_", "-")
-        raise RecipeError(f"{option} goes with {'DIR' if args.shapes is not None else '--shapes'} only")
-    if args.shapes is not None:
-        result = bench_shapes(
-            Settings(
-                parse_shapes(args.shapes),
-                of_shapes.get("tokens", (1, 8, 32, 50, 256)),
-                parse_schemes(of_shapes.get("schemes", "w4a16,w8a8,w4a8"), of_shapes.get("group_size", 128)),
-                dtype=getattr(torch, of_shapes.get("dtype", "float32")),
-                **common,
-            ),
-            progress=lambda shapes: tqdm(shapes, "shapes", disable=None, leave=False),
-        )
-    else:
-        dtypes: dict[str, Any] = {
-            name: tuple(of_action.pop(name).split(",")) for name in ("dtypes", "model_dtypes") if name in of_action
-        }
-        result = bench_action(ActionSettings(args.model, **of_action, **dtypes, **common))
-    _write_json(args.json, result)
-    print(shapes_table(result) if args.shapes is not None else action_table(result))
-
-
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options of these names that were given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def _doctor(args: argparse.Namespace) -> None:
-    diagnosis = diagnose()
-    print(json.dumps(diagnosis, indent=2) if args.json else doctor_report(diagnosis))
-
-
-def _report(args: argparse.Namespace) -> None:
-    outputs: list[Path] = args.compare or [args.model]
-    for option in ("eval", "bench"):
-        given = getattr(args, option)
-        if given is not None and len(given) != len(outputs):
-            raise RecipeError(f"--{option} names {len(given)} files for {len(outputs)} outputs; give one for each")
-    inside = _given(args, "reference", "episodes", "unnorm_key", "json", "measured")
-    if args.compare is not None and inside:
-        raise RecipeError(f"--{next(iter(inside)).replace('_', '-')} goes with one OUT only")
-    if args.reference is None and (args.episodes is not None or args.json is not None):
-        raise RecipeError("--episodes and --json need --reference, the float directory")
-    if args.reference is not None and args.measured is not None:
-        raise RecipeError("--measured is what an earlier --reference found; give one of them")
-    measured = None if args.measured is None else Measured.read(args.measured)
-    if args.reference is not None:
-        measured = measure(
-            args.model,
-            args.reference,
-            args.episodes,
-            unnorm_key=args.unnorm_key,
-            progress=lambda items, label: tqdm(items, label, disable=None, leave=False),  # type: ignore[arg-type,return-value]
-        )
-        if args.json is not None:
-            measured.write(args.json)
-    files = zip(outputs, args.eval or [None] * len(outputs), args.bench or [None] * len(outputs), strict=True)
-    reports = [read_report(output, evaluation=e, benchmark=b, measured=measured) for output, e, b in files]
-    page = render(reports[0]) if args.compare is None else render_comparison(reports)
-    default = (
-        Path("comparison.html") if args.compare is not None else outputs[0].with_name(f"{outputs[0].name}.report.html")
-    )
-    target = args.output or default
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
-    print(f"written: {target} ({target.stat().st_size / 1e6:.2f} MB); open it in a browser, it needs no network")
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    read_config(args.directory)
-    manifest = read_manifest(args.directory)
-    made = plan_from_dict(manifest["plan"])
-    print(made.layer_table() if args.layers else made)
-    print()
-    print(_summary(manifest))
-
-
-def _summary(manifest: dict[str, Any]) -> str:
-    size = manifest["bytes_on_disk"]
-    lines = [
-        f"made with   {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}",
-        f"quantizer   {'qat' if 'qat' in manifest else manifest['recipe']['quantizer']['kind']}",
-        f"weights     {size['weights']:,} bytes on disk"
-        + (f", from {size['source_weights']:,}" if size["source_weights"] else ""),
-        f"verified    {manifest['verification']}",
-    ]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

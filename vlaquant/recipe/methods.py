@@ -58,7 +58,11 @@ class Awq(_OfParts):
 
 
 class LayerScale(_OfParts):
-    """Multiply the factors of LayerScales (DINOv2) into the Linears before them."""
+    """Multiply the factors of LayerScales (DINOv2) into the Linears before them.
+
+    Attributes:
+        parts: of the model that it is for; all if it is left out.
+    """
 
     kind: Literal["layerscale"] = "layerscale"
 
