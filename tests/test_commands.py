@@ -45,9 +45,8 @@ RUN = {
     "vlaquant quantize --config configs/openvla_w4a16_gptq.yaml --model my_openvla --output my_openvla_w4 "
     "--max-memory 8GB": "--overwrite",
     "vlaquant quantize --config configs/openvla_w4a16_gptq.yaml --model my_openvla --output my_openvla_w4 --resume": "",
-    "vlaquant eval --model my_openvla_w4 --reference my_openvla --episodes episodes --rollouts 20 --json build/eval.json": (
-        "--samples 2 --rollouts 0"
-    ),
+    "vlaquant eval --model my_openvla_w4 --reference my_openvla --episodes episodes --rollouts 20 "
+    "--json build/eval.json": "--samples 2 --rollouts 0",
     "vlaquant bench my_openvla_w4 --reference my_openvla --episodes episodes --json build/bench.json": (
         "--rounds 1 --threads 1 --dtypes stored"
     ),

@@ -209,7 +209,8 @@ def _train_and_pack_(
         parametrize.remove_parametrizations(model.get_submodule(name), "weight", leave_parametrized=False)
         _pack_(model, name, plan.quantized[name].scheme, parametrization, dtypes[f"{name}.weight"], static.get(name))
     for name, tensor in _tensors(model):
-        if name in dtypes:
+        # Codes of packed layers can have the name of the float weight
+        if name in dtypes and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtypes[name])
     return losses
 
@@ -241,7 +242,7 @@ def _train(
             for position in random.choice(len(samples), training.batch, replace=len(samples) < training.batch):
                 each = loss(model, samples[int(position)]) / training.batch
                 each.backward()
-                total += float(each)
+                total += float(each.detach())
             if not total < torch.inf:
                 raise CalibrationError("the training loss is not finite; lower the learning rate, or look at the data")
             optimizer.step()

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vlaquant.calibrate.flow import Flow
-from vlaquant.calibrate.masks import counted_rows
+from vlaquant.calibrate.masks import counted_rows, counted_weights
 from vlaquant.calibrate.outputs import tensors_in, with_tensors
 from vlaquant.calibrate.running import StageRunner
 from vlaquant.engine.log import RunLog
 from vlaquant.engine.masking import Masks, layer_masks
 from vlaquant.engine.processes import Processes
 from vlaquant.engine.stage import pack
+from vlaquant.engine.weighing import Weights
 from vlaquant.errors import CalibrationError
 from vlaquant.families import Family
 from vlaquant.kernels import unpack
@@ -84,11 +85,18 @@ class Example:
         call: what the block is called with, in the quantized model.
         target: what it returns in the float model, the tokens that count: float32 [rows, width].
         mask: of the tokens that count; None for all.
+        weight: what each of them counts for, [rows, 1]; None if all count the same.
     """
 
     call: Call
     target: Tensor
     mask: Tensor | None
+    weight: Tensor | None
+
+    def square(self, values: Tensor) -> Tensor:
+        """Σ w·v² of values [rows, width]."""
+        squares = values.square()
+        return (squares if self.weight is None else squares * self.weight).sum()
 
 
 class BlockFunction:
@@ -117,15 +125,15 @@ class BlockFunction:
     def _leaf(self, layer: str, leaf: str) -> str:
         return f"{layer}.{leaf}".removeprefix(f"{self._unit}.")
 
-    def __call__(self, call: Call, mask: Tensor | None, weights: Mapping[str, Tensor]) -> Tensor:
-        """The tokens that count of what the block returns, [rows, width]; what ``weights`` does not hold is float."""
+    def __call__(self, call: Call, weights: Mapping[str, Tensor]) -> Tensor:
+        """The first float tensor that the block returns, [..., width]; layers without one of ``weights`` are float."""
         args, kwargs = with_tensors(call, _private)
         tensors = self._floats | {self._leaf(name, "weight"): weight for name, weight in weights.items()}
         returned = functional_call(self._module, tensors, args, kwargs)
         floats = [tensor for tensor in tensors_in(returned) if tensor.is_floating_point()]
         if not floats:
             raise CalibrationError(f"{self._unit} returns no floating-point tensor, so there is nothing to reproduce")
-        return counted_rows(self._unit, floats[0], mask)
+        return floats[0]
 
     @contextmanager
     def rounded_inputs(self) -> Iterator[None]:
@@ -164,6 +172,7 @@ class BlockLoss:
     process, so that results are equal only for equal numbers of processes.
 
     Args:
+        unit: name of the block.
         function: the block.
         examples: index among all samples -> the sample, for those of this process.
         samples: how many all processes have.
@@ -171,13 +180,19 @@ class BlockLoss:
     """
 
     def __init__(
-        self, function: BlockFunction, examples: Mapping[int, Example], samples: int, processes: Processes
+        self,
+        unit: str,
+        function: BlockFunction,
+        examples: Mapping[int, Example],
+        samples: int,
+        processes: Processes,
     ) -> None:
+        self._unit = unit
         self._function = function
         self._examples = examples
         self._processes = processes
         self.samples = samples
-        sums = processes.gather(float(sum(one.target.square().sum(dtype=torch.float64) for one in examples.values())))
+        sums = processes.gather(float(sum(one.square(one.target).to(torch.float64) for one in examples.values())))
         self._power = max(sum(sums), torch.finfo(torch.float32).tiny)
 
     def loss(self, weights: Mapping[str, Tensor]) -> float:
@@ -202,8 +217,8 @@ class BlockLoss:
 
     def _error(self, example: Example, weights: Mapping[str, Tensor]) -> Tensor:
         with self._function.rounded_inputs():
-            output = self._function(example.call, example.mask, weights)
-        return (output - example.target).square().sum()
+            output = counted_rows(self._unit, self._function(example.call, weights), example.mask)
+        return example.square(output - example.target)
 
 
 class BlockTuner:
@@ -217,6 +232,7 @@ class BlockTuner:
         floats: runs them through earlier stages as they were.
         samples: all of them.
         masks: of those that this process takes.
+        weights: likewise; those of a stage's last layer are taken for what the stage returns.
         processes: that do the same.
         log: is told the loss of each block.
     """
@@ -231,6 +247,7 @@ class BlockTuner:
         floats: StageRunner,
         samples: Sequence[Any],
         masks: Masks,
+        weights: Weights,
         processes: Processes,
         log: RunLog,
     ) -> None:
@@ -243,6 +260,7 @@ class BlockTuner:
         self._floats = floats
         self._samples = samples
         self._masks = masks
+        self._weights = weights
         self._processes = processes
         self._log = log
 
@@ -259,10 +277,10 @@ class BlockTuner:
         self._log.doing(f"{unit}: autoround")
         function = BlockFunction(unit, self._model.get_submodule(unit), works)
         examples = {
-            position: self._example(index, unit, position, function)
+            position: self._example(index, unit, position, function, [*works][-1])
             for position in self._processes.positions(len(self._samples))
         }
-        loss = BlockLoss(function, examples, len(self._samples), self._processes)
+        loss = BlockLoss(unit, function, examples, len(self._samples), self._processes)
         starts = {name: unpack(packed[name].stored(), packed[name].query()) for name in works}
         result = autoround(
             {name: start_from(works[name].weight, start) for name, start in starts.items()},
@@ -278,12 +296,17 @@ class BlockTuner:
         losses = {"loss": result.loss, "loss_start": result.loss_start, "iteration": result.iteration}
         self._log.write("autoround", unit=unit, seconds=round(time.perf_counter() - started, 3), **losses)
 
-    def _example(self, index: int, unit: str, position: int, function: BlockFunction) -> Example:
+    def _example(self, index: int, unit: str, position: int, function: BlockFunction, last: str) -> Example:
         mask = layer_masks(self._family, self._masks.get(position, {}), [unit]).get(unit)
-        sample = self._samples[position]
+        sample, weight = self._samples[position], None
         with torch.no_grad():
-            target = function(self._floats.call(index, position, sample), mask, {})
-            return Example(self._runner.call(index, position, sample), target, mask)
+            target = function(self._floats.call(index, position, sample), {})
+            weights = self._weights.get(position, {}).get(last)
+            if weights is not None:
+                weight = counted_weights(unit, target, mask, weights[0])
+            call = self._runner.call(index, position, sample)
+        weight = None if weight is None else weight.unsqueeze(-1)
+        return Example(call, counted_rows(unit, target, mask), mask, weight)
 
 
 def _tuned(record: LayerRecord, work: Work, weight: QuantizedWeight) -> LayerRecord:

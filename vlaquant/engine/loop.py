@@ -126,6 +126,7 @@ class StageLoop:
                 floats=data.float_runner,
                 samples=data.samples,
                 masks=data.masks,
+                weights=data.weights,
                 processes=processes,
                 log=log,
             )
