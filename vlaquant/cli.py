@@ -204,3 +204,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text) is None:
         raise argparse.ArgumentTypeError(f"{text!r} are no positive whole numbers; write them like 1,8,32")
     return tuple(map(int, text.split(",")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

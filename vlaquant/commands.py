@@ -224,7 +224,3 @@ def _summary(manifest: dict[str, Any]) -> str:
         f"verified    {manifest['verification']}",
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
