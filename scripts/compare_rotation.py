@@ -1,6 +1,7 @@
 """Does rotation earn its place? The same recipes with and without it, on a language model and on the demo policy.
 
     python scripts/compare_rotation.py --model DIR --text FILE --work DIR --json FILE.json [--rows ROW …]
+        [--windows 8] [--dtype float32]
     python scripts/compare_rotation.py --work DIR --json FILE.json [--rows ROW …]       # the demo policy
 
 The first half of the text calibrates, the second half is measured. Rows that the JSON file holds already are kept.
@@ -45,7 +46,7 @@ ROWS: dict[str, tuple[str, int | None, list[dict[str, Any]], dict[str, Any]]] = 
 }
 
 
-def recipe(row: str, parts: tuple[str, ...], calibration: dict[str, Any], seed: int) -> dict[str, Any]:
+def recipe(row: str, parts: tuple[str, ...], calibration: dict[str, Any] | None, seed: int) -> dict[str, Any]:
     scheme, group, transforms, quantizer = ROWS[row]
     overrides = {} if group is None else {"group_size": group}
     return {
@@ -58,17 +59,19 @@ def recipe(row: str, parts: tuple[str, ...], calibration: dict[str, Any], seed: 
 
 
 def language(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Quantizes in memory, in the dtype that was asked for."""
     calibration, evaluation = halves(args.text, args.work)
-    windows = text_samples(args.model, evaluation, 24, 512)
-    reference = vlaquant.load(args.model)
-    data = {"kind": "text", "path": str(calibration), "samples": 24, "sequence_length": 512}
+    windows = text_samples(args.model, evaluation, 24, 512)[: args.windows]
+    samples = text_samples(args.model, calibration, 24, 512)
+    dtype = getattr(torch, args.dtype)
+    reference = vlaquant.load(args.model).to(dtype)
     for row in tqdm(args.rows):
-        output = args.work / row.replace(" ", "_")
-        made = vlaquant.quantize(args.model, recipe(row, ("language",), data, args.seed), output=output, overwrite=True)
-        error, _ = compare_text(vlaquant.load(output), reference, windows, lambda items: items)
+        chosen = recipe(row, ("language",), None, args.seed)
+        made = vlaquant.quantize(vlaquant.load(args.model).to(dtype), chosen, samples=samples)
+        error, _ = compare_text(made.model, reference, windows, lambda items: items)
         results[row] = error.to_dict() | {
             "output_error": made.mean_relative_loss,
-            "bytes": made.manifest["bytes_on_disk"]["weights"],
+            "bytes": made.plan.bytes_after,
         }
         save(args.json, results)
 
@@ -106,6 +109,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW", help="only these")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--windows", type=int, default=24, help="of text to measure on, at most 24")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the language model")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
