@@ -25,6 +25,7 @@ MODULES = (
     "vlaquant.passes.rtn",
     "vlaquant.passes.smoothquant",
     "vlaquant.recipe",
+    "vlaquant.report",
     "vlaquant.scheme",
 )
 

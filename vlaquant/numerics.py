@@ -92,14 +92,17 @@ def qparams(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) -> t
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale`` as ``dtype`` would hold it, in float32. Zero (an all-zero range, or an underflow) becomes the smallest.
+    """``scale`` as ``dtype`` would hold it, in float32, with its sign.
+
+    Zero (an all-zero range, or an underflow) becomes the smallest positive number.
 
     Small scales are not rare in float16, whose normal numbers end at 6e-5 (a row of 8 bits with values below 0.008), so
     its subnormals are used. Those of bfloat16 and float32 are not: a CPU that flushes them would divide by zero.
     """
     limits = torch.finfo(dtype)
     smallest = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
-    return scale.clamp(min=smallest, max=limits.max).to(dtype).to(torch.float32)
+    size = scale.abs().clamp(min=smallest, max=limits.max).to(dtype).to(torch.float32)
+    return torch.where(scale < 0, -size, size)
 
 
 def to_codes(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:

@@ -30,8 +30,8 @@ from vlaquant.numerics import (
     QuantizedWeight,
     as_quantized,
     fit_groups,
+    full_range,
     min_max,
-    qparams,
     split_groups,
     to_codes,
 )
@@ -80,13 +80,13 @@ class RoundedWeight(nn.Module):
             fit_groups(weight.detach(), spec, OBSERVERS[name], torch.float32)[0].unsqueeze(-1)
             for name in ("minmax", clip)
         )
-        self._share = clipped / full
+        self._share = (clipped / full).abs()
 
     def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The weight in groups [n, g, s], their scales and zero points [n, g, 1]."""
         groups = split_groups(weight, self._spec)
         low, high = min_max(groups)
-        return groups, *qparams(low * self._share, high * self._share, self._spec, self._scale_dtype)
+        return groups, *full_range(low * self._share, high * self._share, self._spec, self._scale_dtype)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Float32 [n, k]; gradients also reach the weights that make the range."""
@@ -142,20 +142,14 @@ def finetune(
             raise PlanError(f"no layer is left to train:\n{plan}")
         pack_tables_(opened.model, plan, weights=None, device=torch.device("cpu"))
         losses = _train_and_pack_(opened.model, plan, recipe, training, data, loss, progress=progress)
-        records = tuple(
-            LayerRecord(layer.name, layer.scheme.name, "qat", None, None, ())
-            for layer in plan.quantized.values()
-            if layer.scheme is not None
-        )
-        result = QuantizationResult(opened.model, recipe, plan, (), records)
+        result = QuantizationResult(opened.model, recipe, plan, (), _records(plan))
         if target is None:
             return result
         facts = asdict(training) | {"samples": len(data.samples), "losses": losses, "not_used": _not_used(recipe)}
-        manifest = result.to_dict() | {"qat": facts}
         manifest = write(
             opened.model,
             target,
-            manifest,
+            result.to_dict() | {"qat": facts},
             source=opened.directory,
             family=opened.family,
             inputs=job.inputs,
@@ -163,6 +157,12 @@ def finetune(
             overwrite=overwrite,
         )
     return replace(result, output=target, manifest=manifest)
+
+
+def _records(plan: Plan) -> tuple[LayerRecord, ...]:
+    """Nothing is compared with plain rounding: the weights are others."""
+    layers = ((layer.name, layer.scheme) for layer in plan.quantized.values())
+    return tuple(LayerRecord(name, scheme.name, "qat", None, None, ()) for name, scheme in layers if scheme is not None)
 
 
 def _loss_of(family: Family) -> Callable[[Any, Any], Tensor]:

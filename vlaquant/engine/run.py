@@ -202,31 +202,9 @@ class QuantizationRun:
         section = self._recipe.calibration
         tokens = _MIN_TOKENS if section is None else section.min_tokens
         once = tuple(name for name in found.order if found.calls[name] == 1)
-        weights = self._token_weights(plan, samples, run, found.shared)
+        limits: dict[str, Any] = {"limit": self._limit(), "device": self._device, "processes": self._processes}
+        weights = token_weights(self.opened, self._recipe, plan, samples, run, found.shared, **limits)
         return Probed(run_sample, samples, masks, weights, found.flow, once, found.shared, tokens, seconds), plan
-
-    def _token_weights(
-        self, plan: Plan, samples: Sequence[Any], run: Run | None, shared: Sequence[Sequence[str]]
-    ) -> Weights:
-        if self._recipe.token_weights is None:
-            return {}
-        if run is not None:
-            raise CalibrationError(
-                "token_weights needs a family that runs its own samples, and here a function `run` was given; remove "
-                "one of the two"
-            )
-        layers = [name for name, layer in plan.quantized.items() if not layer.dead]
-        limit = self._limit()
-        return token_weights(
-            self.opened,
-            self._recipe,
-            samples,
-            layers,
-            shared,
-            limit=limit,
-            device=self._device,
-            processes=self._processes,
-        )
 
     def _predict(self, plan: Plan, data: Probed | None) -> Prediction:
         """What the stages will need; refuses what cannot fit. Activations beyond the memory go to the disk."""

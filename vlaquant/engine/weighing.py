@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from vlaquant.calibrate.running import blamed_on, seeded
 from vlaquant.calibrate.token_weights import gradient_weights
 from vlaquant.engine.masking import layer_masks
-from vlaquant.engine.opening import Opened
+from vlaquant.engine.opening import Opened, Run
 from vlaquant.engine.prediction import resident_memory
 from vlaquant.engine.processes import Processes
 from vlaquant.errors import CalibrationError, PlanError
 from vlaquant.families import Family
 from vlaquant.families.objectives import objective
+from vlaquant.plan import Plan
 from vlaquant.recipe import Recipe, TypeWeights
 
 #: Index of a sample -> layer -> weights of each of its calls.
@@ -27,8 +28,9 @@ _HEADROOM = 1.2
 def token_weights(
     opened: Opened,
     recipe: Recipe,
+    plan: Plan,
     samples: Sequence[Any],
-    layers: Sequence[str],
+    run: Run | None,
     shared: Sequence[Sequence[str]],
     *,
     limit: int,
@@ -40,20 +42,27 @@ def token_weights(
     Args:
         opened: the model; one whose weights come on demand is loaded once more, as a whole, for gradients.
         recipe: what to weigh by.
+        plan: says which layers will be observed.
         samples: all of them.
-        layers: those that will be observed.
+        run: a function that takes samples through the model in the family's place.
         shared: sets of layers that read the same tensors.
         limit: bytes that this process may hold.
         device: where the model runs.
         processes: that share the samples.
 
     Raises:
-        CalibrationError: the family does not know its token types, or has nothing to take gradients of.
+        CalibrationError: the family does not know its token types, has nothing to take gradients of, or runs no samples.
         PlanError: the model as a whole does not fit into the memory.
     """
     section, family = recipe.token_weights, opened.family
     if section is None:
         return {}
+    if run is not None:
+        raise CalibrationError(
+            "token_weights needs a family that runs its own samples, and here a function `run` was given; remove one "
+            "of the two"
+        )
+    layers = [name for name, layer in plan.quantized.items() if not layer.dead]
     positions = processes.positions(len(samples))
     if isinstance(section, TypeWeights):
         table = torch.tensor([section.image, section.text, section.state, section.action])

@@ -96,6 +96,7 @@ class Rounding:
         """One step against the sign of the gradient, given that of ŵ: float32 [n, k].
 
         ∂ŵ/∂V is S where the code is not clamped, and 0 where it is; ∂ŵ/∂S is q - Z, less w / S where it is not clamped.
+        S can be negative, and α of it is positive.
         """
         scale = self.stored_scale()
         gradient = gradient.reshape(self.weight.shape)
@@ -104,9 +105,9 @@ class Rounding:
         inside = (codes >= self.spec.qmin) & (codes <= self.spec.qmax)
         if ranges:
             slope = codes.clamp_(self.spec.qmin, self.spec.qmax).sub_(self.zero).sub_(scaled.mul_(inside))
-            slope = slope.mul_(gradient).sum(dim=-1, keepdim=True)
+            slope = slope.mul_(gradient).sum(dim=-1, keepdim=True).mul_(scale)
             self.factor.sub_(slope.sign_(), alpha=rate).clamp_(1.0 - _REACH, 1.0 + _REACH)
-        self.offset.sub_(gradient.sign().mul_(inside), alpha=rate).clamp_(-_REACH, _REACH)
+        self.offset.sub_((gradient * scale).sign_().mul_(inside), alpha=rate).clamp_(-_REACH, _REACH)
 
 
 def start_from(weight: Tensor, start: QuantizedWeight) -> Rounding:
