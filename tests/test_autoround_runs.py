@@ -144,6 +144,21 @@ def test_transforms_and_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert differing(written(tmp_path / "roomy"), written(tmp_path / "tight")) == []
 
 
+def test_token_weights_weigh_the_output_of_blocks(tmp_path: Path) -> None:
+    """With the same codes to begin with, images that count for nothing lead elsewhere, and the action gets nearer."""
+    source, samples = make_source(tmp_path / "source", "openvla"), samples_for("openvla")
+    quantizer = {"kind": "autoround", "iterations": 20, "batch": 4, "start": {"kind": "rtn"}}
+    rules = {"rules": [{"part": "language", **W2}], "quantizer": quantizer}
+    losses = []
+    for number, weights in enumerate((None, {"kind": "types", "image": 0.0, "text": 0.0})):
+        log, recipe = tmp_path / f"log{number}", rules | ({} if weights is None else {"token_weights": weights})
+        vlaquant.quantize(vlaquant.load(source), recipe, samples=samples, options=RunOptions(log=log))
+        losses.append([(event["loss_start"], event["loss"]) for event in events(log)])
+    assert len(losses[0]) == len(losses[1]) == 2
+    assert losses[0][0][0] != pytest.approx(losses[1][0][0], rel=0.01)
+    assert losses[1][0][1] < losses[1][0][0]
+
+
 def _nothing_in_memory(*, limit_bytes: int, spill_directory: Path) -> Any:
     del limit_bytes
     return ActivationCache(limit_bytes=0, spill_directory=spill_directory)

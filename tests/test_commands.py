@@ -225,7 +225,7 @@ def test_arguments_of_commands_that_run_elsewhere(command: str, monkeypatch: pyt
 def test_the_demo_runs_commands_that_exist() -> None:
     lines = read(ROOT / "scripts" / "demo.sh").replace("\\\n", " ").splitlines()
     commands = [shlex.split(line.replace("$", "")) for line in lines if line.startswith(".venv/bin/vlaquant")]
-    assert [words[1] for words in commands] == ["quantize", "eval"]
+    assert [words[1] for words in commands] == ["quantize", "eval", "bench", "report"]
     for words in commands:
         _parser().parse_args([word.replace("episodes_a_task", "1") for word in words[1:]])
 

@@ -51,7 +51,7 @@ def token_weights(
         processes: that share the samples.
 
     Raises:
-        CalibrationError: the family does not know its token types, has nothing to take gradients of, or runs no samples.
+        CalibrationError: the family does not know its token types, nothing to take gradients of, or runs no samples.
         PlanError: the model as a whole does not fit into the memory.
     """
     section, family = recipe.token_weights, opened.family
