@@ -142,7 +142,7 @@ def solved(
     """Weight, rounded weight and record of one layer in a run with two chains."""
     weight = random_weight(24, x.shape[1], 3)
     work = Work(weight, None, scheme, stats_of(x, seen), torch.float32)
-    codes, record = module.quantize_layers({"q": work}, Gptaq(**options))["q"]
+    codes, record = module.quantize_layers({"q": work}, Gptaq(**{"alpha": 1.0} | options))["q"]
     return weight, codes.dequantize(), record
 
 

@@ -115,18 +115,21 @@ def test_the_oracle_notices_a_chain_that_was_not_kept_apart(monkeypatch: pytest.
 
 def test_what_is_closer_to_the_float_model_is_found() -> None:
     """Over several models of random weights: the output error of the whole model falls."""
+    quantizers: list[dict[str, Any]] = [{"kind": "gptq"}, {"kind": "gptaq", "alpha": 1.0}]
     found = {"gptq": 0.0, "gptaq": 0.0}
     for seed in range(3):
         torch.manual_seed(seed)
         model, samples = flowing.Stack(6).eval(), [torch.randn(4, 16, WIDTH) for _ in range(8)]
         with torch.inference_mode():
             wanted = [model(sample) for sample in samples]
-        for kind in found:
+        for quantizer in quantizers:
             mine = copy.deepcopy(model)
-            vlaquant.quantize(mine, RECIPE | {"quantizer": {"kind": kind}}, samples=samples, run=flowing.call)
+            vlaquant.quantize(mine, RECIPE | {"quantizer": quantizer}, samples=samples, run=flowing.call)
             with torch.inference_mode():
                 pairs = zip(samples, wanted, strict=True)
-                found[kind] += float(sum((mine(sample) - y).square().mean() / y.square().mean() for sample, y in pairs))
+                found[quantizer["kind"]] += float(
+                    sum((mine(sample) - y).square().mean() / y.square().mean() for sample, y in pairs)
+                )
     assert found["gptaq"] < 0.97 * found["gptq"]
 
 
@@ -225,6 +228,28 @@ def test_calls_and_masks_are_paired() -> None:
     assert cross is not None
     assert stats["0"].tokens == 18
     torch.testing.assert_close(cross.double(), drift.T @ seen / 18, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_calls_go_with_the_tokens_of_both_chains() -> None:
+    """Two calls with weights of their own, which the float chain must not use up."""
+    model, calls = nn.ModuleList([nn.Linear(4, 4)]), torch.randn(2, 2, 1, 5, 4)
+    weights = list(torch.rand(2, 1, 5))
+    with observe(model, ["0"], hessian_for=["0"], paired=True) as observation:
+        observation.begin_sample(weights={"0": weights})
+        with observation.float_chain():
+            model[0](calls[0, 0])
+        for_later = observation._pairs
+        assert for_later is not None
+        for_later.keep("0", calls[0, 1, 0])
+        for each in calls[1]:
+            model[0](each)
+    stats = observation.stats()["0"]
+    x, seen = (chain.reshape(-1, 4).double() for chain in calls)
+    omega = torch.cat(weights).reshape(-1, 1).double()
+    wanted = {"hessian": (omega * seen).T @ seen, "cross": (omega * (x - seen)).T @ seen}
+    wanted["drift"] = (omega * (x - seen)).T @ (x - seen)
+    for name, value in wanted.items():
+        torch.testing.assert_close(getattr(stats, name).double(), value / omega.sum(), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_read_the_same_in_one_chain_only_do_not_share() -> None:

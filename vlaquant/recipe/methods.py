@@ -128,11 +128,12 @@ class Gptaq(_ColumnByColumn):
     """GPTQ that also makes up for what earlier quantized layers changed in the input; needs ``propagate: quantized``.
 
     Attributes:
-        alpha: share of that change which is made up for; with 0 it is GPTQ.
+        alpha: share of that change which is made up for; with 0 it is GPTQ. More of it fits the calibration data better,
+            and other data not always.
     """
 
     kind: Literal["gptaq"] = "gptaq"
-    alpha: float = Field(default=1.0, ge=0.0, le=1.0)
+    alpha: float = Field(default=0.25, ge=0.0, le=1.0)
 
 
 #: Of one layer.
