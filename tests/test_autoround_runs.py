@@ -128,7 +128,7 @@ def test_the_comparison_notices_a_float_chain_that_is_lost(tmp_path: Path, monke
     streamed(source, recipe, WINDOWS, tmp_path / "whole")
     with killed_after(1):
         streamed(source, recipe, WINDOWS, tmp_path / "out")
-    monkeypatch.setattr("vlaquant.engine.loop._FLOATS", ".")
+    monkeypatch.setattr("vlaquant.engine.run.FLOAT_CHAIN", "")
     streamed(source, recipe, WINDOWS, tmp_path / "out", resume=True)
     assert files_of(tmp_path / "out") != files_of(tmp_path / "whole")
 
