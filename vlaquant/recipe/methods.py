@@ -128,8 +128,8 @@ class Gptaq(_ColumnByColumn):
     """GPTQ that also makes up for what earlier quantized layers changed in the input; needs ``propagate: quantized``.
 
     Attributes:
-        alpha: share of that change which is made up for; with 0 it is GPTQ. More of it fits the calibration data better,
-            and other data not always.
+        alpha: share of that change which is made up for; with 0 it is GPTQ. More of it fits the calibration data
+            better, and other data not always.
     """
 
     kind: Literal["gptaq"] = "gptaq"
