@@ -171,35 +171,16 @@ def naive_smooth_scale(act_absmax: Tensor, weights: Sequence[Tensor], alpha: flo
     return scales
 
 
-def naive_awq_scales(x: Tensor, grid: int, mean_weight: Sequence[float] | None = None) -> list[list[float]]:
-    """The scale [k] for each ratio of the grid, from the tokens ``x`` [t, k] themselves; with weights, the duo ones."""
+def naive_awq_scales(x: Tensor, grid: int) -> list[list[float]]:
+    """The scale [k] for each ratio of the grid, from the tokens ``x`` [t, k] themselves."""
     mean_abs = x.double().abs().mean(dim=0).tolist()
     scales = []
     for step in range(grid):
-        ratio = step / grid
-        raw = [value**ratio if value > 0 else None for value in mean_abs]
-        if mean_weight is not None:
-            raw = [
-                None if value is None else value / (weight ** (1 - ratio) + 1e-4)
-                for value, weight in zip(raw, mean_weight, strict=True)
-            ]
+        raw = [value ** (step / grid) if value > 0 else None for value in mean_abs]
         live = [value for value in raw if value is not None]
         middle = math.sqrt(max(live) * min(live))
         scales.append([1.0 if value is None else value / middle for value in raw])
     return scales
-
-
-def naive_mean_weight(weights: Sequence[Tensor], spec: QuantSpec) -> list[float]:
-    """Mean of |w| / (the largest |w| that shares its scale) over the rows of all weights, one value at a time."""
-    k = weights[0].shape[1]
-    totals, size = [0.0] * k, spec.group_size or k
-    for weight in weights:
-        for row in weight:
-            for j in range(k):
-                start = j // size * size
-                alike = weight if spec.granularity is Granularity.TENSOR else row[start : start + size]
-                totals[j] += float(row[j].abs() / alike.abs().max())
-    return [total / sum(len(weight) for weight in weights) for total in totals]
 
 
 def naive_awq_loss(weights: Sequence[Tensor], x: Tensor, quantize: Callable[[Tensor], Tensor], scale: Tensor) -> float:

@@ -171,7 +171,7 @@ GOOD = "rules: [{part: language, scheme: w4a16}]\n"
         ),
         (
             f"{GOOD}transforms:\n- kind: awq\n  gird: 2",
-            "recipe.yaml:4: transforms[0].gird: unknown key; legal keys here: parts, kind, grid, duo; did you mean",
+            "recipe.yaml:4: transforms[0].gird: unknown key; legal keys here: parts, kind, grid; did you mean",
         ),
         (f"{GOOD}transforms: [{{kind: awq, grid: 0}}]", "transforms[0].grid: must be greater than 0, got 0"),
         (f"{GOOD}transforms: [{{kind: smoothquant, alpha: 2}}]", "alpha: must be from 0 to 1, or 'search', got 2"),
@@ -345,7 +345,7 @@ def rules():
 
 
 def recipes():
-    awq = st.fixed_dictionaries({"kind": st.just("awq")}, optional={"grid": st.integers(1, 99), "duo": st.booleans()})
+    awq = st.fixed_dictionaries({"kind": st.just("awq")}, optional={"grid": st.integers(1, 99)})
     smooth = st.fixed_dictionaries(
         {"kind": st.just("smoothquant")}, optional={"alpha": st.floats(0, 1) | st.just("search")}
     )

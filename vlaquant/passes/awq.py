@@ -5,8 +5,6 @@ The error is that of the output over all calibration tokens, from their Hessian,
 through the layer.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,6 @@ from vlaquant.numerics import (
     min_max,
     quantize_weight,
     shrunken_ranges,
-    split_groups,
 )
 from vlaquant.passes.loss import row_losses
 from vlaquant.scheme import Granularity, QuantSpec
@@ -29,38 +26,20 @@ _CLIP_STEP = 0.05
 _CLIP_SMALLEST = 0.3
 
 
-def awq_scales(mean_abs: Tensor, grid: int = 20, *, mean_weight: Tensor | None = None) -> list[tuple[float, Tensor]]:
+def awq_scales(mean_abs: Tensor, grid: int = 20) -> list[tuple[float, Tensor]]:
     """Candidates (ratio, scale [k]) for ratio = 0, 1/grid, …: s = mean|X|^ratio / √(max·min), so that s lies around 1.
 
     A channel that is never active keeps the scale 1, and has no part in the normalization.
-
-    Args:
-        mean_abs: [k], mean of |x| over the tokens.
-        grid: how many ratios; the first gives no scale at all.
-        mean_weight: [k], of :func:`mean_weight`: as many candidates more, which are also divided by
-            mean|W|^(1 − ratio), as in the authors' later code.
     """
+    mean_abs = mean_abs.to(torch.float32)
     active = mean_abs > 0
-    candidates = [(0.0, torch.ones_like(mean_abs, dtype=torch.float32))]
-    for by in (None, mean_weight)[: 1 if mean_weight is None else 2]:
-        for step in range(0 if by is not None else 1, grid if active.any() else 0):
-            scale = mean_abs.to(torch.float32).pow(step / grid)
-            if by is not None:
-                scale = scale / (by.pow(1.0 - step / grid) + _SMALLEST_SCALE)
-            scale = scale.clamp(min=_SMALLEST_SCALE)
+    candidates = [(0.0, torch.ones_like(mean_abs))]
+    if active.any():
+        for step in range(1, grid):
+            scale = mean_abs.pow(step / grid).clamp(min=_SMALLEST_SCALE)
             low, high = scale[active].aminmax()
             candidates.append((step / grid, torch.where(active, scale / (low * high).sqrt(), 1.0)))
     return candidates
-
-
-def mean_weight(weights: Sequence[Tensor], specs: Sequence[QuantSpec]) -> Tensor:
-    """[k]: mean over all rows of |W| as a share of the largest |W| of its group, for weights [n_i, k]."""
-    total = torch.zeros(weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
-    for weight, spec in zip(weights, specs, strict=True):
-        groups = split_groups(weight.to(torch.float32).abs(), spec)
-        share = groups / groups.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        total += share.reshape(weight.shape).sum(dim=0)
-    return (total / sum(len(weight) for weight in weights)).to(torch.float32)
 
 
 def awq_clip(weight: Tensor, hessian: Tensor, spec: QuantSpec, *, scale_dtype: torch.dtype) -> QuantizedWeight:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlaquant.calibrate import ActStats
 from vlaquant.families import FoldGroup
 from vlaquant.numerics import fake_quantize, min_max, qparams, round_weight, row_blocks
-from vlaquant.passes.awq import awq_scales, mean_weight
+from vlaquant.passes.awq import awq_scales
 from vlaquant.passes.fold import apply_fold_, channels_of, fold_layer_scale_, gathered, spread
 from vlaquant.passes.layer import Work
 from vlaquant.passes.loss import output_loss, token_mean, weight_loss
@@ -110,12 +110,7 @@ def _candidates(
     """(strength, scale [m]) of all that a transform tries; the first is no scale."""
     if isinstance(transform, SmoothQuant):
         return smooth_scales(*_ranges(targets, stats, channels, head_dim))
-    weight = None
-    if transform.duo:
-        weight = mean_weight([work.weight for work in targets], [work.scheme.weight for work in targets])
-        weight = gathered(weight, channels, head_dim).mean(dim=0)
-    mean_abs = gathered(stats.mean_abs, channels, head_dim).mean(dim=0)
-    return awq_scales(mean_abs, transform.grid, mean_weight=weight)
+    return awq_scales(gathered(stats.mean_abs, channels, head_dim).mean(dim=0), transform.grid)
 
 
 def _ranges(

@@ -49,12 +49,10 @@ class Awq(_OfParts):
     Attributes:
         parts: of the model that it is for; all if it is left out.
         grid: how many strengths are tried; the first of them is none.
-        duo: try as many scales that also shrink columns with large weights.
     """
 
     kind: Literal["awq"] = "awq"
     grid: PositiveInt = 20
-    duo: bool = False
 
 
 class LayerScale(_OfParts):
