@@ -39,8 +39,7 @@ def statistics_of(k: int) -> ActStats:
     tokens, directions = 2 * k, k // 8
     x = torch.randn(tokens, directions) @ torch.randn(directions, k) / directions**0.5 + 0.3 * torch.randn(tokens, k)
     x *= torch.exp(0.5 * torch.randn(k))
-    low, high = x.aminmax(dim=0)
-    return ActStats(low, high, x.mean(dim=0), x.abs().mean(dim=0), x.T @ x / tokens, x[:_SAMPLED], tokens)
+    return ActStats(x.amin(dim=0), x.amax(dim=0), x.abs().mean(dim=0), x.T @ x / tokens, x[:_SAMPLED], tokens)
 
 
 def solvers(k: int, scheme: Scheme) -> dict[str, Callable[[], object]]:

@@ -220,7 +220,6 @@ def naive_statistics(x: Tensor) -> dict[str, Tensor]:
         "absmax": x.abs().amax(dim=0),
         "low": x.min(),
         "high": x.max(),
-        "mean": x.mean(dim=0),
         "mean_abs": x.abs().mean(dim=0),
         "hessian": naive_hessian(x),
     }

@@ -165,7 +165,6 @@ def check_stats(module: types.ModuleType) -> None:
         "absmax",
         "low",
         "high",
-        "mean",
         "mean_abs",
         "hessian",
         "cross",
@@ -188,7 +187,6 @@ def test_scaled_stats_are_those_of_the_folded_model() -> None:
         ("        drift=drift,\n", ""),
         ("stats.sample / scale", "stats.sample * scale"),
         ("stats.channel_low / scale", "stats.channel_low"),
-        ("stats.mean / scale", "stats.mean"),
     ],
 )
 def test_measurement_notices_broken_stats(old: str, new: str) -> None:

@@ -191,7 +191,6 @@ GOOD = "rules: [{part: language, scheme: w4a16}]\n"
         (f"{GOOD}quantizer: {{kind: gptq, alpha: 0.5}}", "quantizer.alpha: unknown key"),
         (f"{GOOD}propagate: float\nquantizer: {{kind: gptaq}}", "use gptq, or 'propagate: quantized'"),
         (f"{GOOD}quantizer: {{kind: gptaq, refit: true}}", "gptaq does not go with 'refit'"),
-        (f"{GOOD}bias_correction: true\nquantizer: {{kind: gptaq}}", "gptaq does not go with 'bias_correction'"),
         (
             f"{GOOD}quantizer: {{kind: rtn, damp: 0.1}}",
             "quantizer.damp: unknown key; legal keys here: kind, clip, refit",
@@ -310,7 +309,6 @@ def test_schemes_of_rules():
         ),
         ({"rules": [RULE, {"part": "b", "scheme": "w8a8_static"}]}, ["rules[1] (w8a8_static"]),
         ({"quantizer": {"kind": "rtn", "refit": True}}, ["quantizer (refit"]),
-        ({"bias_correction": True}, ["bias_correction (needs"]),
     ],
 )
 def test_what_needs_data(changes, reasons):
@@ -359,7 +357,6 @@ def recipes():
         optional={
             "transforms": st.lists(awq | smooth, max_size=2),
             "quantizer": rtn | gptq,
-            "bias_correction": st.booleans(),
             "calibration": data,
             "seed": st.integers(0, 2**31),
         },

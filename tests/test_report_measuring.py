@@ -17,7 +17,7 @@ from vlaquant.errors import EvaluationError
 from vlaquant.evaluate.actions import ask
 from vlaquant.families import family_of_model
 from vlaquant.linear import W4A16Linear
-from vlaquant.numerics import fake_quantize, min_max, qparams, split_groups
+from vlaquant.numerics import fake_quantize, full_range, min_max, split_groups
 from vlaquant.report.data import read_report
 from vlaquant.report.measured import Measured
 from vlaquant.report.measuring import channel_peaks, folded, histogram, measure
@@ -91,7 +91,7 @@ def test_histogram_against_a_loop() -> None:
     assert scheme is not None
     spec = scheme.weight
     groups = split_groups(linear.weight.detach(), spec)
-    scale, zero = qparams(*min_max(groups), spec, torch.float32)
+    scale, zero = full_range(*min_max(groups), spec, torch.float32)
     wanted = fake_quantize(groups, scale, zero, spec).reshape(linear.weight.shape)
     result = vlaquant.quantize(linear_model(linear), {"rules": RULES_OF_ONE})
     packed: Any = result.model.get_submodule("0")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from vlaquant.calibrate import ActStats, Observation
 
-FIELDS = ("channel_low", "channel_high", "mean", "mean_abs", "hessian", "sample")
+FIELDS = ("channel_low", "channel_high", "mean_abs", "hessian", "sample")
 
 
 class Block(nn.Module):

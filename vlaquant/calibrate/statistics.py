@@ -29,7 +29,6 @@ class ActStats:
     Attributes:
         channel_low: [k], smallest value of each input channel.
         channel_high: [k], largest value of each input channel.
-        mean: [k], mean of x.
         mean_abs: [k], mean of |x|.
         hessian: [k, k], mean over the tokens of x·xᵀ, exactly symmetric; None where it was not asked for.
         sample: [≤ r, k], tokens drawn uniformly from all that were seen.
@@ -43,7 +42,6 @@ class ActStats:
 
     channel_low: Tensor
     channel_high: Tensor
-    mean: Tensor
     mean_abs: Tensor
     hessian: Tensor | None
     sample: Tensor
@@ -96,7 +94,6 @@ class RunningStats:
     Attributes:
         channel_low: [k], float32.
         channel_high: [k], float32.
-        sum: [k], float64, Σωx.
         abs_sum: [k], float64, Σω|x|, where a token's weight ω is 1 unless it is given.
         strips: float64, the upper triangle of Σω·x·xᵀ: strip i holds rows 512·i up to 512·(i + 1) and the columns from
             512·i on. Empty where no Hessian was asked for. In two chains z·zᵀ takes the place of x·xᵀ, with z [2k] =
@@ -113,7 +110,6 @@ class RunningStats:
 
     channel_low: Tensor
     channel_high: Tensor
-    sum: Tensor
     abs_sum: Tensor
     strips: list[Tensor]
     keys: Tensor
@@ -147,13 +143,11 @@ class RunningStats:
         self.channel_high = torch.maximum(self.channel_high, rows.amax(dim=0))
         if weights is None:
             weights = rows.new_ones(len(rows))
-            self.sum += rows.sum(dim=0)
             self.abs_sum += rows.abs().sum(dim=0)
         else:
             made_of, self.weighted = torch.float32, True
             weights = weights.to(rows)
             z = z * weights.sqrt().unsqueeze(-1)
-            self.sum += weights @ rows
             self.abs_sum += weights @ rows.abs()
         self.weight += weights.sum(dtype=torch.float64)
         with _products_of(made_of):
@@ -168,7 +162,6 @@ class RunningStats:
         self.tokens += other.tokens
         self.weight += other.weight
         self.weighted |= other.weighted
-        self.sum += other.sum
         self.abs_sum += other.abs_sum
         self.channel_low = torch.minimum(self.channel_low, other.channel_low)
         self.channel_high = torch.maximum(self.channel_high, other.channel_high)
@@ -195,8 +188,7 @@ class RunningStats:
     def copy(self) -> "RunningStats":
         """The same sums in memory of their own."""
         strips = [strip.clone() for strip in self.strips]
-        total, absolute, weight = self.sum.clone(), self.abs_sum.clone(), self.weight.clone()
-        return replace(self, sum=total, abs_sum=absolute, weight=weight, strips=strips)
+        return replace(self, abs_sum=self.abs_sum.clone(), weight=self.weight.clone(), strips=strips)
 
     @_normal_tensors
     def stats(self) -> ActStats:
@@ -205,7 +197,6 @@ class RunningStats:
         return ActStats(
             channel_low=self.channel_low,
             channel_high=self.channel_high,
-            mean=(self.sum / self._total).to(torch.float32),
             mean_abs=(self.abs_sum / self._total).to(torch.float32),
             hessian=moments[:k, :k] if moments is not None else None,
             sample=self.sample,
@@ -245,7 +236,6 @@ def no_stats(
     return RunningStats(
         channel_low=torch.full((features,), torch.inf, device=device),
         channel_high=torch.full((features,), -torch.inf, device=device),
-        sum=torch.zeros(features, dtype=torch.float64, device=device),
         abs_sum=torch.zeros(features, dtype=torch.float64, device=device),
         strips=[
             torch.zeros(min(_STRIP, width - start), width - start, dtype=torch.float64, device=device)

@@ -36,7 +36,6 @@ from vlaquant.engine.work import WorkDirectory
 from vlaquant.errors import VlaquantError
 from vlaquant.families import Family, find_folds, refused_folds
 from vlaquant.linear import QuantLinear, empty_linear
-from vlaquant.passes.bias import correct_bias_
 from vlaquant.passes.layer import LayerRecord, Work, quantize_layers, solve_groups
 from vlaquant.passes.transform import TransformRecord
 from vlaquant.plan import LayerPlan, Plan
@@ -166,9 +165,7 @@ class StageLoop:
         stats = self._observe(index, stage, layers)
         if not layers:
             return StageResult({}, (), ())
-        works = working_copies(
-            self._model, layers, stats, wide=bool(self._recipe.scalings), center=self._recipe.bias_correction
-        )
+        works = working_copies(self._model, layers, stats, wide=bool(self._recipe.scalings))
         del stats
         transforms: tuple[TransformRecord, ...] = ()
         if self._data is not None and self._recipe.scalings:
@@ -232,9 +229,6 @@ class StageLoop:
         for work in group.values():
             work.weight = work.weight.to(torch.float32)
         solved = quantize_layers(group, self._recipe.layer_quantizer)
-        if self._recipe.bias_correction:
-            for name, (codes, _) in solved.items():
-                correct_bias_(group[name], codes)
         packed = pack(group, {name: codes for name, (codes, _) in solved.items()})
         seconds = round(time.perf_counter() - started, 4)
         done = {name: {"record": record.to_dict(), "seconds": seconds} for name, (_, record) in solved.items()}

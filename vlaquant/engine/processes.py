@@ -207,7 +207,7 @@ class Processes:
         """All that can be added: everything but the tokens. ``kept`` are the lengths of all samples of rows."""
         low, high = sums.channel_low.clone(), sums.channel_high.clone()
         with _together():
-            for tensor in (sums.sum, sums.abs_sum, sums.weight, *sums.strips):
+            for tensor in (sums.abs_sum, sums.weight, *sums.strips):
                 dist.all_reduce(tensor, group=self._group)
             dist.all_reduce(low, dist.ReduceOp.MIN, group=self._group)
             dist.all_reduce(high, dist.ReduceOp.MAX, group=self._group)

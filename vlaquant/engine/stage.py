@@ -16,7 +16,6 @@ from vlaquant.families import FoldGroup
 from vlaquant.families.folds import obstacle
 from vlaquant.linear import QuantLinear, W8A8Linear, from_quantized, replace_module_
 from vlaquant.numerics import QuantizedWeight
-from vlaquant.passes.bias import centered
 from vlaquant.passes.layer import LayerRecord, Work, static_input
 from vlaquant.passes.transform import TransformRecord, suits, transform_group_
 from vlaquant.plan import LayerPlan
@@ -39,33 +38,19 @@ class StageResult:
 
 
 def working_copies(
-    model: nn.Module, layers: Mapping[str, LayerPlan], stats: Mapping[str, ActStats], *, wide: bool, center: bool
+    model: nn.Module, layers: Mapping[str, LayerPlan], stats: Mapping[str, ActStats], *, wide: bool
 ) -> dict[str, Work]:
-    """The weights that a stage quantizes, with the statistics of their inputs.
-
-    Args:
-        model: holds the weights.
-        layers: which, and how.
-        stats: by layer.
-        wide: the copies are float32 already.
-        center: of layers with a bias, which takes the mean error, only the covariance counts.
-    """
+    """The weights that a stage quantizes, with the statistics of their inputs; ``wide`` ones are float32 already."""
     works = {}
-    covariances: dict[int, ActStats] = {}
     for name, layer in layers.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         assert layer.scheme is not None
-        seen = None if layer.dead else stats.get(name)
-        if center and seen is not None and linear.bias is not None:
-            if id(seen) not in covariances:
-                covariances[id(seen)] = centered(seen)
-            seen = covariances[id(seen)]
         works[name] = Work(
             weight=linear.weight.detach().to(torch.float32 if wide else linear.weight.dtype),
             bias=None if linear.bias is None else linear.bias.detach().to(torch.float32),
             scheme=layer.scheme,
-            stats=seen,
+            stats=None if layer.dead else stats.get(name),
             scale_dtype=linear.weight.dtype,
         )
     return works

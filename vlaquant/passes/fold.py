@@ -177,7 +177,6 @@ def scaled_stats(stats: ActStats, scale: Tensor) -> ActStats:
         stats,
         channel_low=stats.channel_low / scale,
         channel_high=stats.channel_high / scale,
-        mean=stats.mean / scale,
         mean_abs=stats.mean_abs / scale,
         hessian=hessian,
         sample=stats.sample / scale,

@@ -25,8 +25,6 @@ def needs_calibration(recipe: Recipe) -> list[str]:
         reasons.append("quantizer (clip awq: ranges are searched on real inputs)")
     if isinstance(recipe.quantizer, Rtn) and recipe.quantizer.refit:
         reasons.append("quantizer (refit: scales are fitted to real inputs)")
-    if recipe.bias_correction:
-        reasons.append("bias_correction (needs the mean of real inputs)")
     if recipe.token_weights is not None:
         reasons.append("token_weights (tokens are those of real inputs)")
     return reasons

@@ -173,7 +173,6 @@ class Recipe(Section):
             ``nearest`` group size that divides, one scale a row (``channel``), or float (``keep``).
         transforms: done in this order, before the quantizer.
         quantizer: turns each weight into codes.
-        bias_correction: let the bias of a layer that has one take what rounding its weight shifts on average.
         propagate: what later layers see of earlier ones while they are calibrated: their quantized or float output.
         token_weights: what tokens count for while layers are calibrated; all the same if it is left out.
         calibration: data; can be left out if nothing needs it or samples come from Python.
@@ -191,7 +190,6 @@ class Recipe(Section):
     on_indivisible: OnIndivisible = "error"
     transforms: Annotated[tuple[AnyTransform, ...], Field(strict=False), AfterValidator(_rotation_first)] = ()
     quantizer: Annotated[Quantizer | AutoRound, Field(discriminator="kind")] = Rtn()
-    bias_correction: bool = False
     propagate: Literal["quantized", "float"] = "quantized"
     token_weights: TokenWeights | None = None
     calibration: Calibration | None = None
@@ -226,16 +224,13 @@ class Recipe(Section):
         quantizer = self.layer_quantizer
         if isinstance(self.quantizer, AutoRound) and self.propagate != "quantized":
             raise ValueError("quantizer autoround learns from what a block reads of quantized ones; remove 'propagate'")
-        if isinstance(self.quantizer, AutoRound) and self.bias_correction:
-            raise ValueError("quantizer autoround learns with biases as they are; remove 'bias_correction'")
         if isinstance(quantizer, Gptaq) and self.propagate == "float":
             raise ValueError(
                 "quantizer gptaq makes up for what earlier quantized layers changed, and with 'propagate: float' they "
                 "change nothing; use gptq, or 'propagate: quantized'"
             )
-        if isinstance(quantizer, Gptaq) and (quantizer.refit or self.bias_correction):
-            which = "refit" if quantizer.refit else "bias_correction"
-            raise ValueError(f"quantizer gptaq does not go with '{which}'; use gptq, or leave it out")
+        if isinstance(quantizer, Gptaq) and quantizer.refit:
+            raise ValueError("quantizer gptaq does not go with 'refit'; use gptq, or leave it out")
         return self
 
     @property

@@ -39,9 +39,7 @@ def round_groups(
     for batch in _batches(groups):
         stats = {} if blind else _observe(model, family, data, batch, recipe.seed)
         for candidate, plan in plans.items():
-            works = working_copies(
-                model, {name: plan.quantized[name] for name in batch}, stats, wide=True, center=False
-            )
+            works = working_copies(model, {name: plan.quantized[name] for name in batch}, stats, wide=True)
             solved = quantize_layers(works, quantizer)
             codes[candidate] |= {name: weight for name, (weight, _) in solved.items()}
     return codes
