@@ -181,8 +181,7 @@ def histogram(
     if mixed:
         return WeightHistogram(name, packed.scheme.name, low, high, per_step, (), codes, 0.0, None)
     wanted, rounded = _in_place(rows, values, folds, name)
-    scale = rows.scale.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    steps = split_groups(wanted, spec) / scale
+    steps = split_groups(wanted, spec) / rows.scale.unsqueeze(-1)
     if rows.zero is not None:
         steps = steps + rows.zero.float().unsqueeze(-1)
     bins = (high - low + 2) * per_step
