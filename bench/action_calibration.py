@@ -77,6 +77,10 @@ class Bench:
         """Of each held-out frame: distance of the chosen bins, and of the action."""
         model = vlaquant.load(POLICY)
         vlaquant.quantize(model, recipe, samples=samples)
+        return self.errors_of(model)
+
+    def errors_of(self, model: torch.nn.Module) -> dict[str, NDArray[np.float64]]:
+        """Likewise, of a model that is quantized already."""
         found, wanted = self._answers(model), self.wanted
         divergence = (wanted.log_p.exp() * (wanted.log_p - found.log_p)).sum(dim=-1).mean(dim=-1)
         return {

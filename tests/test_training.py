@@ -12,9 +12,10 @@ from oracles import mutant, random_weight
 from staged import SCHEMES, WINDOWS, differing, make_source, written
 from tiny import llama, observations, openvla, save_openvla
 from tiny_families import TINY, family_of
-from torch import Tensor
+from torch import Tensor, nn
 
 import vlaquant
+from vlaquant import training
 from vlaquant.cli import main
 from vlaquant.errors import CalibrationError
 from vlaquant.families.observation import Observation
@@ -25,7 +26,7 @@ from vlaquant.training import RoundedWeight, Training, finetune
 
 SPEC = QuantSpec(bits=3, granularity=Granularity.GROUP, group_size=8)
 #: Learn one action by heart: short, and a clear direction.
-SHORT = Training(steps=12, learning_rate=1e-3, batch=4)
+SHORT = Training(steps=12, learning_rate=1e-3, batch=4, follow="demonstration")
 LEARNERS = {"openvla: OpenVLA", "openvla: OpenVLA-OFT", "pi0: π0", "hf: llama"}
 
 
@@ -225,3 +226,40 @@ def test_texts_are_learnt_too() -> None:
     rounded: Tensor = torch.tensor(mean_loss(vlaquant.quantize(llama(), rules).model, WINDOWS))
     trained = finetune(model, rules, SHORT, WINDOWS)
     assert mean_loss(trained.model, WINDOWS) < float(rounded)
+
+
+@torch.no_grad()
+def divergence(model: Any, reference: Any, samples: Sequence[Any]) -> float:
+    """Of the tokens' distributions, by the definition: Σ p·log(p / q)."""
+    decide = vlaquant.families.family_of_model(reference).decide
+    assert decide is not None
+    inputs = vlaquant.families.family_of_model(reference).inputs
+    total = 0.0
+    for sample in samples:
+        p, q = (decide(one, inputs(one, sample)).output.double().softmax(dim=-1) for one in (reference, model))
+        total += float((p * (p / q).log()).sum(dim=-1).mean())
+    return total / len(samples)
+
+
+def test_following_the_float_model_brings_its_decisions_back() -> None:
+    samples, chosen = observations(10), recipe(bits=2)
+    rounded = vlaquant.quantize(openvla(), chosen, samples=samples).model
+    trained = finetune(openvla(), chosen, Training(steps=12, learning_rate=1e-3, batch=4), samples)
+    assert divergence(trained.model, openvla(), samples) < 0.9 * divergence(rounded, openvla(), samples)
+
+
+def test_the_loss_is_the_divergence() -> None:
+    model, samples = openvla(seed=1), observations(2)
+    family = vlaquant.families.family_of_model(model)
+    loss = training._loss_of(family, Training(steps=1), openvla())
+    with torch.no_grad():
+        found = float(sum(loss(model, sample) for sample in samples) / len(samples))
+        unchanged = float(loss(openvla(), samples[0]))
+    assert found == pytest.approx(divergence(model, openvla(), samples), rel=1e-4)
+    assert unchanged == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_model_whose_decisions_are_not_known_cannot_be_followed() -> None:
+    model = nn.Sequential(nn.Linear(64, 8))
+    with pytest.raises(CalibrationError, match="cannot be followed"):
+        training._loss_of(vlaquant.families.FAMILIES["module"], Training(steps=1), model)

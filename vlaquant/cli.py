@@ -95,7 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     qat.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     qat.add_argument("--steps", type=int, required=True, metavar="N", help="of the optimizer")
     qat.add_argument("--learning-rate", type=float, default=1e-4, help="of the first step; falls linearly to 0")
-    qat.add_argument("--batch", type=int, default=8, help="demonstrations a step")
+    qat.add_argument("--batch", type=int, default=8, help="samples a step")
+    qat.add_argument(
+        "--follow",
+        choices=("float", "demonstration"),
+        default="float",
+        help="what the loss compares with: the float model's decision (default), or the demonstrated one",
+    )
     qat.set_defaults(command=run_qat)
 
     show = commands.add_parser("plan", help="print what a recipe would do to a model")

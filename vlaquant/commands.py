@@ -57,7 +57,7 @@ def run_quantize(args: argparse.Namespace) -> None:
 def run_qat(args: argparse.Namespace) -> None:
     """Fine-tune with rounded weights."""
     recipe = load_recipe(args.config)
-    training = Training(args.steps, args.learning_rate, args.batch)
+    training = Training(args.steps, args.learning_rate, args.batch, args.follow)
     model = _model_directory(args, recipe.model)
     print(finetune(model, recipe, training, output=args.output, overwrite=args.overwrite, progress=True))
 

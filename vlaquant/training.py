@@ -5,15 +5,17 @@ The forward pass rounds as the packed layers will; the backward pass goes straig
 arXiv:1712.05877, section 3. What is written has the format of any other run.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
@@ -51,11 +53,14 @@ class Training:
         steps: of AdamW; the learning rate falls linearly to 0.
         learning_rate: of the first step.
         batch: samples a step.
+        follow: what the loss compares with: what the ``float`` model decides for the same sample (Hinton et al. 2015,
+            arXiv:1503.02531, at temperature 1), or the ``demonstration``, by the loss that the family is trained with.
     """
 
     steps: int
     learning_rate: float = 1e-4
     batch: int = 8
+    follow: Literal["float", "demonstration"] = "float"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not self.learning_rate > 0:
@@ -134,7 +139,7 @@ def finetune(
         check_output(target, overwrite=overwrite)
     with QuantizationRun(model_or_path, recipe, None, RunOptions(), show=False) as job:
         opened = job.opened
-        loss = _loss_of(opened.family)
+        loss = _loss_of(opened.family, training, opened.model)
         data, plan = job.observe(make_plan(opened.model, opened.family, recipe), samples, None)
         if data is None:
             raise CalibrationError("fine-tuning needs demonstrations; add a section `calibration` to the recipe")
@@ -165,13 +170,39 @@ def _records(plan: Plan) -> tuple[LayerRecord, ...]:
     return tuple(LayerRecord(name, scheme.name, "qat", None, None, ()) for name, scheme in layers if scheme is not None)
 
 
-def _loss_of(family: Family) -> Callable[[Any, Any], Tensor]:
+def _loss_of(family: Family, training: Training, model: nn.Module) -> Callable[[Any, Any], Tensor]:
+    """(model, sample) -> scalar; ``model`` is float yet, and stays behind as it is now where that is to be followed."""
+    if training.follow == "float":
+        return _distance_to(copy.deepcopy(model).requires_grad_(requires_grad=False).float(), family)
     if family.loss is None:
         known = ", ".join(name for name, each in FAMILIES.items() if each.loss is not None)
         raise CalibrationError(
             f"the training loss of the family {family.name} is not known, so it cannot be fine-tuned; known: {known}"
         )
     return family.loss
+
+
+def _distance_to(teacher: nn.Module, family: Family) -> Callable[[Any, Any], Tensor]:
+    """Mean divergence of the tokens' distributions from the teacher's; of numbers the squared error, as a share."""
+    decide = family.decide
+    if decide is None:
+        raise CalibrationError(
+            f"what a model of the family {family.name} decides is not known, so it cannot be followed; known: "
+            f"{', '.join(name for name, each in FAMILIES.items() if each.decide is not None)}"
+        )
+
+    def distance(model: Any, sample: Any) -> Tensor:
+        inputs = family.inputs(model, sample)
+        with torch.no_grad():
+            wanted = decide(teacher, inputs)
+        found = decide(model, inputs)
+        if found.tokens:
+            p, q = (each.output.log_softmax(dim=-1) for each in (wanted, found))
+            return F.kl_div(q, p, reduction="batchmean", log_target=True)
+        power = wanted.output.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return (found.output - wanted.output).square().sum() / power
+
+    return distance
 
 
 def _not_used(recipe: Recipe) -> list[str]:
