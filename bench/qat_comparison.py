@@ -25,11 +25,12 @@ def rows(args: argparse.Namespace) -> dict[str, dict[str, Any] | Training]:
         for follow in ("float", "demonstration")
         for rate in args.rates
     }
-    return {
+    quantizers: dict[str, dict[str, Any] | Training] = {
         "rounding": {"kind": "rtn"},
         "gptq": {"kind": "gptq"},
         "gptq, refit": {"kind": "gptq", "refit": True},
-    } | trainings
+    }
+    return quantizers | trainings
 
 
 def main() -> None:
