@@ -101,7 +101,8 @@ def contest(args: argparse.Namespace, method: str, dtype: str, tokens: list[Tens
         "awq": ("naive_loop", [sys.executable, str(PEERS / "naive_awq.py")]),
     }[method]
     commands = {"vlaquant": [sys.executable, __file__, "--run"], peer[0]: peer[1]}
-    settings = {"model": str(model), "threads": args.threads, "method": method, "blocks": args.awq_blocks}
+    settings = {"model": str(model), "class": "AutoModelForCausalLM", "threads": args.threads}
+    settings |= {"method": method, "blocks": args.awq_blocks}
     settings |= {"bits": BITS, "group_size": GROUP_SIZE, "activation_bits": None, "damp": DAMP}
     settings |= {"tokens": str(work / "tokens.safetensors")}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}

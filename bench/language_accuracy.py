@@ -9,27 +9,32 @@
 The first half of the text calibrates, the second is measured. Each seed draws other windows to calibrate with. Weights
 that a tool wrote are read back and measured by the same code in float32; inputs that a scheme rounds are rounded by
 vlaquant's kernels for vlaquant's directories, and in the same way (per token, dynamic, absmax/127) for those of others.
-Results of earlier calls that are in the JSON file are kept, so that the table can be made in pieces.
+Results that are in the JSON file are kept, so that the table can be made in pieces, by several processes if need be.
 """
 
 import argparse
+import fcntl
 import json
+import math
 import os
 import shutil
 import statistics
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import vlaquant
-from vlaquant.evaluate.language import compare_text
 from vlaquant.families.hf_samples import text_samples
 from vlaquant.numerics import fake_quantize, min_max, qparams
 from vlaquant.plan import format_table
@@ -48,11 +53,17 @@ ROWS: dict[str, tuple[int, int | str, int | None]] = {
 }
 _AWQ = [{"kind": "awq"}]
 _SMOOTH = [{"kind": "smoothquant"}]
+_ROTATION = [{"kind": "rotation"}]
+_GPTAQ = {"kind": "gptaq", "refit": True}
 OURS: dict[str, dict[str, Any]] = {
     "rtn": {"quantizer": {"kind": "rtn"}},
     "awq": {"transforms": _AWQ, "quantizer": {"kind": "rtn", "clip": "awq"}},
     "gptq": {"quantizer": {"kind": "gptq"}},
     "awq + gptq": {"transforms": _AWQ, "quantizer": {"kind": "gptq"}},
+    "gptq + refit": {"quantizer": {"kind": "gptq", "refit": True}},
+    "gptaq + refit": {"quantizer": _GPTAQ},
+    "awq + gptaq + refit": {"transforms": _AWQ, "quantizer": _GPTAQ},
+    "rotation + gptaq + refit": {"transforms": _ROTATION, "quantizer": _GPTAQ},
     "smoothquant": {"transforms": _SMOOTH, "quantizer": {"kind": "rtn"}},
     "smoothquant + gptq": {"transforms": _SMOOTH, "quantizer": {"kind": "gptq"}},
 }
@@ -65,27 +76,32 @@ PEER_METHODS = {
 DAMP = 0.01
 
 
-def scheme_name(bits: int, activation_bits: int | None) -> str:
-    return f"w{bits}a{activation_bits or 16}"
-
-
-def our_run(args: argparse.Namespace, row: str, method: str, tokens: Tensor, output: Path) -> None:
+def rule_of(row: str) -> dict[str, Any]:
     bits, group, activation_bits = ROWS[row]
-    rule: dict[str, Any] = {"part": "language", "scheme": scheme_name(bits, activation_bits)}
+    rule: dict[str, Any] = {"part": "language", "scheme": f"w{bits}a{activation_bits or 16}"}
     if group != "channel" or activation_bits is None:
         rule["group_size"] = group
-    vlaquant.quantize(
-        args.model, {"rules": [rule], **OURS[method]}, samples=list(tokens.split(1)), output=output, overwrite=True
-    )
+    return rule
 
 
-def peer_run(args: argparse.Namespace, row: str, method: str, tokens: Tensor, output: Path) -> dict[str, Any]:
+def our_run(args: argparse.Namespace, row: str, method: str, tokens: Tensor) -> nn.Module:
+    """A quantized model, with the kernels that a loaded checkpoint has."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    vlaquant.quantize(model, {"rules": [rule_of(row)], **OURS[method]}, samples=list(tokens.split(1)))
+    return model
+
+
+def peer_run(
+    args: argparse.Namespace, row: str, method: str, tokens: Tensor, work: Path, kind: str = "AutoModelForCausalLM"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The float model with the weights that a peer rounded, and what the peer says of itself."""
     bits, group, activation_bits = ROWS[row]
-    save_file({"tokens": tokens}, args.work / "tokens.safetensors")
+    save_file({"tokens": tokens}, work / "tokens.safetensors")
     settings = {
         "model": str(args.model),
-        "tokens": str(args.work / "tokens.safetensors"),
-        "output": str(output),
+        "class": kind,
+        "tokens": str(work / "tokens.safetensors"),
+        "output": str(work / "output"),
         "threads": torch.get_num_threads(),
         "method": PEER_METHODS[method],
         "bits": bits,
@@ -93,14 +109,14 @@ def peer_run(args: argparse.Namespace, row: str, method: str, tokens: Tensor, ou
         "activation_bits": activation_bits,
         "damp": DAMP,
     }
-    path = args.work / "settings.json"
+    path = work / "settings.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
     python, script = (
         (args.auto_round_python, "auto_round_tuning.py")
         if method == "auto-round"
         else (args.llmcompressor_python, "llmcompressor_oneshot.py")
     )
-    shutil.rmtree(output, ignore_errors=True)
+    shutil.rmtree(work / "output", ignore_errors=True)
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [str(python), str(PEERS / script), str(path)],
@@ -109,24 +125,18 @@ def peer_run(args: argparse.Namespace, row: str, method: str, tokens: Tensor, ou
         text=True,
         env=os.environ | threads,
     )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    model: nn.Module = getattr(transformers, kind).from_pretrained(work / "output", dtype=torch.float32).eval()
+    return model, json.loads(done.stdout.splitlines()[-1])
 
 
-def perplexity(output: Path, reference: nn.Module, windows: Sequence[Tensor], activation_bits: int | None) -> float:
-    """Of a directory: vlaquant's with its kernels, others as float weights with rounded inputs."""
-    if (output / "vlaquant.json").exists():
-        error, _ = compare_text(vlaquant.load(output), reference, windows, list)
-        return error.perplexity
-    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
-    with rounded_inputs(model) if activation_bits else nothing():
-        error, _ = compare_text(model, reference, windows, list)
-    return error.perplexity
-
-
-@contextmanager
-def nothing() -> Iterator[None]:
-    yield
+@torch.inference_mode()
+def perplexity(model: nn.Module, windows: Sequence[Tensor]) -> float:
+    """exp of the mean negative log-likelihood of the tokens of windows [1, t], each but the first of its window."""
+    losses = []
+    for ids in windows:
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        losses.append(F.cross_entropy(logits, ids[0, 1:], reduction="none").double())
+    return math.exp(torch.cat(losses).mean().item())
 
 
 @contextmanager
@@ -166,6 +176,47 @@ def drawn(model: Path, text: Path, samples: int, length: int, seed: int) -> Tens
     return every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:samples]]
 
 
+def record(path: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
+    """Change the JSON file while no other process does; what it holds then."""
+    with path.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        results: dict[str, Any] = json.loads(text) if text else {"rows": {}}
+        change(results)
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def record_one(path: Path, row: str, method: str, seed: int, found: dict[str, Any]) -> None:
+    record(path, lambda results: results["rows"].setdefault(row, {}).setdefault(method, {}).update({str(seed): found}))
+
+
+def one_result(args: argparse.Namespace, row: str, method: str, seed: int, windows: Sequence[Tensor]) -> None:
+    """Quantize, measure, and write down; nothing if it is written down already."""
+    done = record(args.json)["rows"].get(row, {}).get(method, {})
+    if str(seed) in done:
+        return
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        work = Path(folder)
+        facts: dict[str, Any] = {}
+        first, _ = halves(args.text, work)
+        tokens = drawn(args.model, first, args.samples, args.length, seed)
+        if method in OURS:
+            model = our_run(args, row, method, tokens)
+        else:
+            model, facts = peer_run(args, row, method, tokens, work)
+        seconds = time.perf_counter() - started
+        rounds = method in PEER_METHODS and ROWS[row][2] is not None
+        with rounded_inputs(model) if rounds else nullcontext():
+            found = {"perplexity": perplexity(model, windows), "seconds": round(seconds, 1), **facts}
+    record_one(args.json, row, method, seed, found)
+    print(row, method, seed, found["perplexity"], found["seconds"], flush=True)
+
+
 def table(results: dict[str, Any]) -> str:
     methods = [method for method in (*OURS, *PEER_METHODS) if any(method in row for row in results["rows"].values())]
     lines = [("", *results["rows"])]
@@ -190,39 +241,29 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--methods", nargs="+", choices=[*OURS, *PEER_METHODS], default=list(OURS))
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a calibration sample")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--window-length", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    first, second = halves(args.text, args.work)
-    windows = text_samples(args.model, second, args.windows, args.length)
-    reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    setting = {"samples": args.samples, "length": args.length, "windows": args.windows}
-    results: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
-    if results.get("setting", setting) != setting:
+    _, second = halves(args.text, args.work)
+    windows = text_samples(args.model, second, args.windows, args.window_length)
+    setting = {name: getattr(args, name) for name in ("samples", "length", "windows", "window_length")}
+    results = record(args.json, lambda results: results.setdefault("setting", setting))
+    if results["setting"] != setting:
         parser.error(f"{args.json} holds results of {results['setting']}")
-    results |= {"setting": setting, "rows": results.get("rows", {})}
     if "float" not in results:
-        results["float"] = compare_text(reference, reference, windows, list)[0].perplexity
+        reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        exact = perplexity(reference, windows)
+        record(args.json, lambda results: results.update(float=exact))
     for seed in args.seeds:
-        tokens = drawn(args.model, first, args.samples, args.length, seed)
         for row in args.rows:
             for method in args.methods:
-                done = results["rows"].setdefault(row, {}).setdefault(method, {})
-                if str(seed) in done:
-                    continue
-                output, facts = args.work / "output", {}
-                if method in OURS:
-                    our_run(args, row, method, tokens, output)
-                else:
-                    facts = peer_run(args, row, method, tokens, output)
-                done[str(seed)] = {"perplexity": perplexity(output, reference, windows, ROWS[row][2]), **facts}
-                args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-                print(row, method, seed, done[str(seed)]["perplexity"], flush=True)
-    print(table(results))
+                one_result(args, row, method, seed, windows)
+    print(table(record(args.json)))
 
 
 if __name__ == "__main__":

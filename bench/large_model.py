@@ -15,16 +15,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import vlaquant
-from vlaquant.engine.log import peak_memory
+from vlaquant.engine.log import RunLog, peak_memory
 from vlaquant.engine.run import RunOptions
-from vlaquant.engine.work import WorkDirectory, work_path
+from vlaquant.engine.work import work_path
 
 RULES = [{"part": "language", "scheme": "w4a16", "group_size": 128}]
 RECIPES: dict[str, dict[str, Any]] = {
@@ -41,15 +40,18 @@ class Enough(Exception):  # noqa: N818  not an error
 
 
 def stop_after(blocks: int) -> None:
-    """Let the run end when so many blocks of the language model are on the disk."""
-    commit = WorkDirectory.commit
+    """Let the run end when so many blocks of the language model are in the log."""
+    write = RunLog.write
+    done = 0
 
-    def counting(work: WorkDirectory, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
-        commit(work, tensors, record)
-        if sum(bool(done["packed"]) for done in work.records) == blocks:
+    def counting(log: RunLog, event: str, **values: Any) -> None:
+        nonlocal done
+        write(log, event, **values)
+        done += event == "stage" and bool(values["layers"])
+        if done == blocks:
             raise Enough
 
-    WorkDirectory.commit = counting  # type: ignore[method-assign, assignment]
+    RunLog.write = counting  # type: ignore[method-assign, assignment]
 
 
 def one_run(name: str, model: Path, episodes: Path, output: Path, samples: int, blocks: int) -> None:
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the outputs, which are deleted")
     parser.add_argument("--json", type=Path, default=Path("bench/results/large_model.json"))
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--run", choices=RECIPES, help=argparse.SUPPRESS)
     args = parser.parse_args()

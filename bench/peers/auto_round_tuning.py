@@ -1,9 +1,9 @@
 """One run of auto-round, in its own environment: ``python auto_round_tuning.py SETTINGS.json``.
 
-The last line of output is JSON: seconds, peak memory in bytes, versions. Settings: model, tokens (a safetensors file
-with ``tokens`` [samples, length]), output (gets dequantized float weights), threads, bits, group_size (a number or
-"channel"), activation_bits (null or 8: dynamic, per token). Iterations, learning rates and batch size are auto-round's
-defaults.
+The last line of output is JSON: seconds, peak memory in bytes, versions. Settings: model, class (of transformers),
+tokens (a safetensors file with ``tokens`` [samples, length]), output (gets dequantized float weights), threads, bits,
+group_size (a number or "channel"), activation_bits (null or 8: dynamic, per token). Iterations, learning rates and
+batch size are auto-round's defaults.
 """
 
 import json
@@ -13,11 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import transformers
 from auto_round import AutoRound
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 
 def peak_memory() -> int:
@@ -30,7 +31,7 @@ def main() -> None:
     torch.set_num_threads(settings["threads"])
     tokens = load_file(settings["tokens"])["tokens"]
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    model = getattr(transformers, settings["class"]).from_pretrained(settings["model"], dtype=torch.float32)
     group = settings["group_size"]
     activations = {}
     if settings["activation_bits"] is not None:

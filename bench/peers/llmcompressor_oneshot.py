@@ -1,8 +1,8 @@
 """One run of llm-compressor, in its own environment: ``python llmcompressor_oneshot.py SETTINGS.json``.
 
-The last line of output is JSON: seconds by phase, peak memory in bytes, versions. Settings: model, tokens (a
-safetensors file with ``tokens`` [samples, length]), output, threads, method (rtn, gptq, smoothquant + gptq), bits,
-group_size (a number or "channel"), activation_bits (null or 8: dynamic, per token), damp.
+The last line of output is JSON: seconds by phase, peak memory in bytes, versions. Settings: model, class (of
+transformers), tokens (a safetensors file with ``tokens`` [samples, length]), output, threads, method (rtn, gptq,
+smoothquant + gptq), bits, group_size (a number or "channel"), activation_bits (null or 8: dynamic, per token), damp.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -20,7 +21,6 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 
 def peak_memory() -> int:
@@ -52,7 +52,7 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(settings["threads"])
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype="auto")
+    model = getattr(transformers, settings["class"]).from_pretrained(settings["model"], dtype="auto")
     loaded = time.perf_counter()
     tokens = load_file(settings["tokens"])["tokens"].tolist()
     data = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(row) for row in tokens]})

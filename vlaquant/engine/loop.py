@@ -18,6 +18,7 @@ from vlaquant.engine.block import BlockTuner
 from vlaquant.engine.fingerprint import digest
 from vlaquant.engine.log import RunLog
 from vlaquant.engine.masking import Masks, layer_masks
+from vlaquant.engine.memory import return_free_memory
 from vlaquant.engine.processes import ALONE, Processes
 from vlaquant.engine.stage import (
     StageResult,
@@ -157,8 +158,11 @@ class StageLoop:
                 result = self._quantize(index, stage)
                 self._hand_on(index, stage, result)
                 self._put_back_(stage, result, floats)
+            packed = len(result.packed)
+            del floats, result
+            return_free_memory()
             seconds = round(time.perf_counter() - started, 3)
-            self._log.stage(stage.unit, index=index, layers=len(result.packed), seconds=seconds)
+            self._log.stage(stage.unit, index=index, layers=packed, seconds=seconds)
 
     def _quantize(self, index: int, stage: Stage) -> StageResult:
         layers = {name: self._plan[name] for name in stage.linears if name in self._plan}

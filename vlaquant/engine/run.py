@@ -25,6 +25,7 @@ from vlaquant.engine.fingerprint import fingerprint, first_difference, package_v
 from vlaquant.engine.log import RunLog
 from vlaquant.engine.loop import Data, StageLoop
 from vlaquant.engine.masking import Masks, sample_masks
+from vlaquant.engine.memory import return_free_memory
 from vlaquant.engine.opening import Run, bring_weights, open_model, recipe_samples
 from vlaquant.engine.prediction import Prediction, available_memory, predict, require_room, resident_memory
 from vlaquant.engine.processes import ALONE, Processes
@@ -197,6 +198,7 @@ class QuantizationRun:
             started = time.perf_counter()
             run_sample(model, samples[0])
         seconds = time.perf_counter() - started
+        return_free_memory()
         reason = "its weight is also used outside of the layer, which a packed layer does not allow"
         plan = without(with_dead(plan, found.never_ran), dict.fromkeys(found.functional, reason))
         section = self._recipe.calibration
