@@ -20,6 +20,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,7 @@ PEER_METHODS = {
     "llm-compressor gptq": "gptq",
     "llm-compressor smoothquant + gptq": "smoothquant + gptq",
     "auto-round": "auto-round",
+    "naive awq loop": "awq",
 }
 DAMP = 0.01
 
@@ -108,14 +110,16 @@ def peer_run(
         "group_size": group,
         "activation_bits": activation_bits,
         "damp": DAMP,
+        "blocks": None,
+        "clip": True,
+        "save": True,
     }
     path = work / "settings.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
-    python, script = (
-        (args.auto_round_python, "auto_round_tuning.py")
-        if method == "auto-round"
-        else (args.llmcompressor_python, "llmcompressor_oneshot.py")
-    )
+    python, script = {
+        "auto-round": (args.auto_round_python, "auto_round_tuning.py"),
+        "naive awq loop": (sys.executable, "naive_awq.py"),
+    }.get(method, (args.llmcompressor_python, "llmcompressor_oneshot.py"))
     shutil.rmtree(work / "output", ignore_errors=True)
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
@@ -240,8 +244,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "bench/results/language_accuracy.json")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--methods", nargs="+", choices=[*OURS, *PEER_METHODS], default=list(OURS))
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a calibration sample")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a calibration sample")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--window-length", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
