@@ -1,9 +1,9 @@
 """How calibration cost grows with samples, sequence length, layers and width: seconds and peak memory of each run.
 
-    python bench/scaling.py [--json bench/results/scaling.json] [--plot docs/images/scaling.png] [--repeats 3]
+    python bench/scaling.py [--json bench/results/scaling.json] [--repeats 3]
 
 One axis changes at a time around a small random Llama; every run is a process of its own (GPTQ, W4A16 in groups of 64,
-float32), so that its peak memory is its own. The median of the repeats counts.
+float32), so that its peak memory is its own. The median of the repeats counts. ``scripts/make_figures.py`` draws it.
 """
 
 import argparse
@@ -76,32 +76,9 @@ def measure(settings: dict[str, int], repeats: int) -> dict[str, Any]:
     }
 
 
-def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, rows = plt.subplots(2, len(results), figsize=(12, 5.5), layout="constrained", sharey="row")
-    for column, (axis, points) in enumerate(results.items()):
-        values = [point[axis] for point in points]
-        rows[0][column].plot(values, [point["seconds"] for point in points], "o-")
-        rows[1][column].plot(values, [point["above_import_mib"] for point in points], "o-", color="tab:orange")
-        for row in rows:
-            row[column].set(xscale="log", xticks=values, xlabel=axis, ylim=(0, None))
-            row[column].set_xticklabels(values)
-            row[column].minorticks_off()
-            row[column].grid(alpha=0.3)
-    rows[0][0].set_ylabel("seconds")
-    rows[1][0].set_ylabel("peak memory above import, MiB")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("bench/results/scaling.json"))
-    parser.add_argument("--plot", type=Path, help="draw the table here (needs matplotlib)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--run", nargs=3, metavar=("DIRECTORY", "SAMPLES", "LENGTH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -115,8 +92,6 @@ def main() -> None:
     for axis, points in results.items():
         for point in points:
             print(f"{axis} {point[axis]:>5}: {point['seconds']:7.2f} s, {point['above_import_mib']:6} MiB above import")
-    if args.plot is not None:
-        draw(results, args.plot)
 
 
 if __name__ == "__main__":

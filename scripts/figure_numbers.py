@@ -36,6 +36,7 @@ from vlaquant.scheme import Granularity, QuantSpec
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 RESULTS = ROOT / "bench" / "results" / "demo_recipes.json"
+SCALING = ROOT / "bench" / "results" / "scaling.json"
 SCALES = torch.bfloat16  # what the policy is stored in, and so its scales
 GROUPS: tuple[int | str, ...] = ("tensor", "channel", 128, 64, 32)
 _SAMPLES = 16
@@ -347,6 +348,24 @@ def results() -> Numbers:
     one = found["w4 gptq"]
     size = one["bytes"]["reference_disk"] / 2**20
     return {"rows": rows, "float MiB": size, "float success": _success(one["rollouts"]["reference"]), "summary": {}}
+
+
+def scaling() -> Numbers:
+    """What ``bench/results/scaling.json`` says: axis -> its values, with the seconds and the MiB of each."""
+    axes = json.loads(SCALING.read_text(encoding="utf-8"))["axes"]
+    drawn = {
+        axis: {
+            "values": [point[axis] for point in points],
+            "seconds": [point["seconds"] for point in points],
+            "MiB": [point["above_import_mib"] for point in points],
+        }
+        for axis, points in axes.items()
+    }
+    return {"axes": drawn, "summary": {}}
+
+
+#: Figures that are drawn from files of results.
+FROM_FILES = {"results": results, "scaling": scaling}
 
 
 def _success(rollouts: dict[str, Any]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Draw docs/images/*.svg: what docs/concepts.md explains, on the shipped policy, and the results that README.md shows.
+"""Draw docs/images/*.svg: what docs/concepts.md explains, on the shipped policy, and results of bench/results.
 
 python scripts/make_figures.py [--only NAME …] [--output DIR]
 
@@ -14,9 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import figure_numbers
 import matplotlib.pyplot as plt
-from figure_numbers import FIGURES, GROUPS, Numbers, measure, rounded
+from figure_numbers import FIGURES, FROM_FILES, GROUPS, Numbers, measure, rounded
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -166,6 +165,21 @@ def results(drawn: Numbers) -> Figure:
     return figure
 
 
+def scaling(drawn: Numbers) -> Figure:
+    figure, panels = plt.subplots(2, len(drawn["axes"]), figsize=(9, 4.6), layout="constrained", sharey="row")
+    for column, (axis, points) in enumerate(drawn["axes"].items()):
+        for row, (what, colour) in enumerate((("seconds", BLUE), ("MiB", ORANGE))):
+            ax = panels[row][column]
+            ax.plot(points["values"], points[what], "o-", color=colour)
+            ax.set(xscale="log", ylim=(0, None), xticks=points["values"])
+            ax.set_xticklabels(points["values"])
+            ax.minorticks_off()
+        panels[0][column].set_title(axis)
+    panels[0][0].set_ylabel("seconds")
+    panels[1][0].set_ylabel("memory above import, MiB")
+    return figure
+
+
 _METHODS = {"GPTQ": BLUE, "AWQ": GREEN, "SmoothQuant": ORANGE, "rounding": RED}
 
 
@@ -186,6 +200,7 @@ DRAWN: dict[str, tuple[Callable[[Numbers], Figure], str]] = {
     "awq": (awq, "Output error against the exponent of AWQ's scale"),
     "rounding": (rounding, "Error of weights and of outputs, rounded to nearest and with GPTQ"),
     "results": (results, "Change of actions against size, and success in simulated episodes, by recipe"),
+    "scaling": (scaling, "Seconds and memory of a GPTQ run against samples, length, layers and width"),
 }
 
 
@@ -216,9 +231,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=IMAGES)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    measured = measure() if set(args.only) - {"results"} else None
+    measured = measure() if set(args.only) - set(FROM_FILES) else None
     for name in args.only:
-        numbers = figure_numbers.results() if measured is None or name == "results" else FIGURES[name](measured)
+        numbers = FROM_FILES[name]() if name in FROM_FILES else FIGURES[name](measured)
         (args.output / f"{name}.svg").write_text(draw(name, rounded(numbers)), encoding="utf-8")
         print(f"{name}: {json.dumps(rounded(numbers)['summary'])}")
 
