@@ -357,7 +357,8 @@ def scaling() -> Numbers:
         axis: {
             "values": [point[axis] for point in points],
             "seconds": [point["seconds"] for point in points],
-            "MiB": [point["above_import_mib"] for point in points],
+            "MiB": [point["calibration_mib"] for point in points],
+            "MiB with verification": [point["with_verification_mib"] for point in points],
         }
         for axis, points in axes.items()
     }

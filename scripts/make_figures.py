@@ -168,15 +168,19 @@ def results(drawn: Numbers) -> Figure:
 def scaling(drawn: Numbers) -> Figure:
     figure, panels = plt.subplots(2, len(drawn["axes"]), figsize=(9, 4.6), layout="constrained", sharey="row")
     for column, (axis, points) in enumerate(drawn["axes"].items()):
-        for row, (what, colour) in enumerate((("seconds", BLUE), ("MiB", ORANGE))):
-            ax = panels[row][column]
-            ax.plot(points["values"], points[what], "o-", color=colour)
+        panels[0][column].plot(points["values"], points["seconds"], "o-", color=BLUE)
+        panels[1][column].plot(points["values"], points["MiB"], "o-", color=ORANGE, label="calibration")
+        panels[1][column].plot(
+            points["values"], points["MiB with verification"], "o--", color=GREY, label="with verification"
+        )
+        for ax in panels[:, column]:
             ax.set(xscale="log", ylim=(0, None), xticks=points["values"])
             ax.set_xticklabels(points["values"])
             ax.minorticks_off()
         panels[0][column].set_title(axis)
     panels[0][0].set_ylabel("seconds")
     panels[1][0].set_ylabel("memory above import, MiB")
+    panels[1][0].legend()
     return figure
 
 
