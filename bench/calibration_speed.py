@@ -89,7 +89,7 @@ def perplexity(output: Path, reference: Any, data: list[Tensor]) -> tuple[float,
     """Of what was written, and of the float model."""
     candidate = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
     error, _ = compare_text(candidate, reference, data, lambda items: items)
-    return error.perplexity, error.reference_perplexity
+    return error.perplexity.candidate.value, error.perplexity.reference.value
 
 
 def contest(args: argparse.Namespace, method: str, dtype: str, tokens: list[Tensor], data: list[Tensor]) -> Any:

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import vlaquant
 from vlaquant.checkpoint import weight_files
+from vlaquant.evaluate.results import Outcome
 from vlaquant.evaluate.rollouts import default_workers, outcomes_of, plan_jobs, run_jobs
-from vlaquant.evaluate.statistics import paired_difference, success_rate
+from vlaquant.evaluate.statistics import mcnemar, paired_rates, wilson
 from vlaquant.families.data import load_observations
 from vlaquant.plan import format_table
 
@@ -69,24 +70,32 @@ def mib(directory: Path) -> float:
     return sum(path.stat().st_size for path in weight_files(directory)) / 2**20
 
 
-def together(outcomes: list[dict[str, NDArray[np.bool_]]]) -> NDArray[np.bool_]:
+def together(outcomes: list[dict[str, list[tuple[int, Outcome]]]]) -> NDArray[np.bool_]:
     """Successes of all tasks, one seed after the other."""
-    return np.concatenate([np.concatenate(list(tasks.values())) for tasks in outcomes])
+    return np.array([one.success for tasks in outcomes for task in tasks.values() for _, one in task], dtype=bool)
+
+
+def paired(reference: NDArray[np.bool_], candidate: NDArray[np.bool_]) -> dict[str, Any]:
+    """Who succeeded where the other failed, the difference with its interval, and McNemar's p."""
+    lost, won = int((reference & ~candidate).sum()), int((candidate & ~reference).sum())
+    low, high = paired_rates(lost, won, len(reference))
+    difference = (won - lost) / len(reference)
+    return {"lost": lost, "won": won, "difference": difference, "low": low, "high": high, "p": mcnemar(lost, won)}
 
 
 def row(successes: NDArray[np.bool_], against: NDArray[np.bool_], size: float, seeds: int) -> dict[str, Any]:
-    rate, paired = success_rate(successes), paired_difference(against, successes)
+    found, (low, high) = paired(against, successes), wilson(int(successes.sum()), len(successes))
     return {
         "mib": size,
-        "success": rate.rate,
-        "low": rate.low,
-        "high": rate.high,
-        "episodes": rate.episodes,
+        "success": float(successes.mean()),
+        "low": low,
+        "high": high,
+        "episodes": len(successes),
         "seeds": [float(part.mean()) for part in np.split(successes, seeds)],
-        "difference": paired.difference,
-        "difference_low": paired.low,
-        "difference_high": paired.high,
-        "p": paired.p_value,
+        "difference": found["difference"],
+        "difference_low": found["low"],
+        "difference_high": found["high"],
+        "p": found["p"],
     }
 
 
@@ -99,15 +108,7 @@ def results_of(outputs: dict[str, list[Path]], outcomes: Any) -> dict[str, Any]:
     pairs = {}
     for plain, weighted in PAIRS:
         if plain in found and weighted in found:
-            paired = paired_difference(together(found[plain]), together(found[weighted]))
-            pairs[f"{weighted} against {plain}"] = {
-                "lost": paired.only_reference,
-                "won": paired.only_candidate,
-                "difference": paired.difference,
-                "low": paired.low,
-                "high": paired.high,
-                "p": paired.p_value,
-            }
+            pairs[f"{weighted} against {plain}"] = paired(together(found[plain]), together(found[weighted]))
     return {"rows": rows, "pairs": pairs}
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlaquant.benchmark.machine import machine
+from vlaquant.evaluate.machine import machine
 from vlaquant.kernels import Kernel, unpack
 from vlaquant.kernels.reference import REFERENCE
 from vlaquant.kernels.triton_w4a16 import TRITON_W4A16

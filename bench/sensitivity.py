@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import vlaquant
 from vlaquant.calibrate.running import seeded
 from vlaquant.engine.fingerprint import package_versions
-from vlaquant.evaluate.actions import Predictions, ask
+from vlaquant.evaluate.action_figures import Predictions
+from vlaquant.evaluate.actions import ask
 from vlaquant.families import Decision
 from vlaquant.families.data import load_observations
 from vlaquant.families.objectives import objective

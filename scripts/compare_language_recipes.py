@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -56,17 +57,27 @@ def recipe(row: str, text: Path, samples: int, length: int) -> dict[str, Any]:
 
 def measure(model: Path, output: Path, windows: list[torch.Tensor], reference: torch.nn.Module) -> dict[str, Any]:
     ours = vlaquant.load(output)
-    error, latency = compare_text(ours, reference, windows, lambda items: items)
+    error, seconds = compare_text(ours, reference, windows, lambda items: items)
     theirs = AutoModelForCausalLM.from_pretrained(output, dtype="auto").eval()
     same, _ = compare_text(theirs, reference, windows, lambda items: items)
     size = (output / "model.safetensors").stat().st_size
-    return error.to_dict() | {
-        "perplexity_in_transformers": same.perplexity,
-        "loaders_differ_by": abs(same.perplexity / error.perplexity - 1.0),
-        "latency": latency,
+    measured, in_transformers = error.perplexity.candidate.value, same.perplexity.candidate.value
+    return {
+        "perplexity": measured,
+        "reference_perplexity": error.perplexity.reference.value,
+        "divergence": error.divergence.value,
+        "top1_agreement": error.top1_agreement.value,
+        "tokens": error.tokens,
+        "perplexity_in_transformers": in_transformers,
+        "loaders_differ_by": abs(in_transformers / measured - 1.0),
+        "latency": {who: percentiles_ms(values) for who, values in seconds.items()},
         "bytes_on_disk": size,
         "reference_bytes_on_disk": (model / "model.safetensors").stat().st_size,
     }
+
+
+def percentiles_ms(seconds: list[float]) -> dict[str, float]:
+    return {f"p{share}_ms": float(np.percentile(seconds, share)) * 1e3 for share in (50, 99)}
 
 
 def main() -> None:

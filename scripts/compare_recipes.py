@@ -12,8 +12,12 @@ import torch
 from tqdm import tqdm
 
 import vlaquant
-from vlaquant.evaluate.evaluation import evaluate_policy
+from vlaquant.evaluate.actions import compare
+from vlaquant.evaluate.evaluation import disk
+from vlaquant.evaluate.figures import Figure
+from vlaquant.evaluate.results import ActionFigures, Rollouts
 from vlaquant.evaluate.rollouts import default_workers, outcomes_of, plan_jobs, run_jobs, summarize
+from vlaquant.families.data import load_observations
 from vlaquant.plan import format_table
 
 _POLICY = Path(__file__).parent.parent / "examples" / "demo_policy"
@@ -67,10 +71,17 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
     directories = {row: args.work / row.replace(" ", "_") for row in RECIPES}
+    reference, observations = vlaquant.load(_POLICY), load_observations(_EPISODES, "evaluation")
     for row in tqdm(args.rows, desc="recipes"):
         quantized = vlaquant.quantize(_POLICY, recipe(row), output=directories[row], overwrite=True)
-        results[row] = evaluate_policy(directories[row], _POLICY, _EPISODES, count=None, rollouts=0)
-        results[row]["mean_relative_loss"] = quantized.mean_relative_loss
+        actions = compare(vlaquant.load(directories[row]), reference, observations, lambda items: items).figures
+        size = disk(_POLICY, directories[row])
+        results[row] = {
+            "bytes": {"disk": int(size.candidate.value), "reference_disk": int(size.reference.value)},
+            "actions": in_short(actions),
+            "rollouts": None,
+            "mean_relative_loss": quantized.mean_relative_loss,
+        }
     if args.rollouts > 0:
         driving = [row for row in args.rows if RECIPES[row][-1]]
         jobs = plan_jobs([_POLICY, *(directories[row] for row in driving)], args.rollouts)
@@ -78,10 +89,49 @@ def main() -> None:
             outcomes = run_jobs(jobs, workers=default_workers(), advance=bar.update)
         float_outcomes = outcomes_of(_POLICY, outcomes)
         for row in driving:
-            results[row]["rollouts"] = summarize(outcomes_of(directories[row], outcomes), float_outcomes)
+            driven = summarize(outcomes_of(directories[row], outcomes), float_outcomes)
+            results[row]["rollouts"] = in_figures(driven)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(table(results))
+
+
+def in_short(actions: ActionFigures) -> dict[str, Any]:
+    """What of the comparison is kept."""
+    assert actions.token_agreement is not None
+    assert actions.bin_distance is not None
+    return {
+        "mean_l1": actions.whole_chunk.l1.value,
+        "mean_mse": actions.whole_chunk.mse.value,
+        "l1": [figure.value for figure in actions.whole_chunk.l1_by_dimension],
+        "token_agreement": actions.token_agreement.value,
+        "bin_distance": actions.bin_distance.value,
+        "gripper_flips": actions.gripper_flips.value,
+        "observations": actions.observations,
+    }
+
+
+def in_figures(driven: Rollouts) -> dict[str, Any]:
+    """Rates by task and of all of them, and the paired test."""
+    tasks = {**driven.tasks, "all": driven.success}
+
+    def rate(figure: Figure) -> dict[str, Any]:
+        return {"rate": figure.value, "low": figure.low, "high": figure.high, "episodes": figure.count}
+
+    apart = driven.success.difference
+    return {
+        "max_steps": driven.max_steps,
+        "candidate": {name: rate(of.candidate) for name, of in tasks.items()},
+        "reference": {name: rate(of.reference) for name, of in tasks.items()},
+        "paired": {
+            "only_reference": driven.only_reference,
+            "only_candidate": driven.only_candidate,
+            "p_value": driven.p_value.value,
+            "difference": apart.value,
+            "low": apart.low,
+            "high": apart.high,
+        },
+    }
 
 
 def table(results: dict[str, Any]) -> str:

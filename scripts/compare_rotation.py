@@ -17,8 +17,9 @@ from compare_language_recipes import halves
 from tqdm import tqdm
 
 import vlaquant
-from vlaquant.evaluate.evaluation import evaluate_policy
+from vlaquant.evaluate.actions import compare
 from vlaquant.evaluate.language import compare_text
+from vlaquant.families.data import load_observations
 from vlaquant.families.hf_samples import text_samples
 from vlaquant.plan import format_table
 
@@ -69,7 +70,12 @@ def language(args: argparse.Namespace, results: dict[str, Any]) -> None:
         chosen = recipe(row, ("language",), None, args.seed)
         made = vlaquant.quantize(vlaquant.load(args.model).to(dtype), chosen, samples=samples)
         error, _ = compare_text(made.model, reference, windows, lambda items: items)
-        results[row] = error.to_dict() | {
+        results[row] = {
+            "perplexity": error.perplexity.candidate.value,
+            "reference_perplexity": error.perplexity.reference.value,
+            "divergence": error.divergence.value,
+            "top1_agreement": error.top1_agreement.value,
+            "tokens": error.tokens,
             "output_error": made.mean_relative_loss,
             "bytes": made.plan.bytes_after,
         }
@@ -78,12 +84,18 @@ def language(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 def policy(args: argparse.Namespace, results: dict[str, Any]) -> None:
     data = {"kind": "episodes", "path": str(_EPISODES), "samples": 64}
+    reference, observations = vlaquant.load(_POLICY), load_observations(_EPISODES, "evaluation")
     for row in tqdm(args.rows):
         output = args.work / row.replace(" ", "_")
         chosen = recipe(row, ("vision", "projector", "language"), data, args.seed)
         made = vlaquant.quantize(_POLICY, chosen, output=output, overwrite=True)
-        actions = evaluate_policy(output, _POLICY, _EPISODES, count=None, rollouts=0)["actions"]
-        results[row] = {name: actions[name] for name in ("token_agreement", "bin_distance", "mean_l1")} | {
+        found = compare(vlaquant.load(output), reference, observations, lambda items: items).figures
+        assert found.token_agreement is not None
+        assert found.bin_distance is not None
+        results[row] = {
+            "token_agreement": found.token_agreement.value,
+            "bin_distance": found.bin_distance.value,
+            "mean_l1": found.whole_chunk.l1.value,
             "output_error": made.mean_relative_loss,
             "bytes": made.manifest["bytes_on_disk"]["weights"],
         }

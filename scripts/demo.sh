@@ -31,7 +31,7 @@ echo "1/3  Quantizing examples/demo_policy to 4 bits (AWQ), writing $output and 
 echo
 echo "2/3  Comparing it with the float policy on recorded episodes and on $episodes_a_task simulated episodes a task (minutes) ..."
 .venv/bin/vlaquant eval --model "$output" --reference examples/demo_policy --episodes examples/demo_episodes \
-  --rollouts "$episodes_a_task" --json "$output.eval.json"
+  --rollouts "$episodes_a_task" --videos "$output.videos" --json "$output.eval.json"
 
 echo
 echo "3/3  Timing one action by part, and writing all of it down on one page ..."

@@ -80,6 +80,7 @@ def _episode(env: MetaWorldTask, seed: int, *, noise: bool, tail: int) -> dict[s
     for index in range(_MAX_STEPS):
         if index % _SEGMENT_STEPS == 0:
             perturbed = noise and rng.random() < 0.5
+        assert step.state is not None
         label = env.expert_action(step.state)
         frames["image"].append(env.render())
         frames["action"].append(label)

@@ -8,21 +8,39 @@ A policy that still succeeds on black images, or when told to do another task, w
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from vlaquant.evaluate.metaworld import MAX_STEPS
+from vlaquant.evaluate.results import Outcome
 from vlaquant.evaluate.rollouts import (
     FIRST_SEED,
-    MAX_STEPS,
     TAMPERINGS,
     Job,
     default_workers,
     outcomes_of,
     plan_jobs,
-    rates,
     run_jobs,
+    success,
 )
 from vlaquant.plan import format_table
+
+
+def rates(outcomes: dict[str, list[tuple[int, Outcome]]]) -> dict[str, Any]:
+    """Success of each task and of all: {task: {successes, episodes, low, high, rate}}."""
+    everything = {**outcomes, "all": [one for task in outcomes.values() for one in task]}
+    found = {name: success([outcome for _, outcome in one]) for name, one in everything.items()}
+    return {
+        name: {
+            "successes": round(figure.value * figure.count),
+            "episodes": figure.count,
+            "low": figure.low,
+            "high": figure.high,
+            "rate": figure.value,
+        }
+        for name, figure in found.items()
+    }
 
 
 def main() -> None:
@@ -35,7 +53,7 @@ def main() -> None:
     jobs: list[Job] = []
     for tampering in TAMPERINGS:
         count = args.episodes if tampering == TAMPERINGS[0] else args.tampered_episodes
-        jobs += plan_jobs([args.model], count, tampering)
+        jobs += plan_jobs([args.model], count, Job(args.model, "", (), tampering))
     with tqdm(total=sum(len(job.seeds) for job in jobs)) as bar:
         outcomes = run_jobs(jobs, workers=default_workers(), advance=bar.update)
     result = {tampering: rates(outcomes_of(args.model, outcomes, tampering)) for tampering in TAMPERINGS}

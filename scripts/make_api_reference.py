@@ -15,6 +15,8 @@ MODULES = (
     "vlaquant",
     "vlaquant.calibrate",
     "vlaquant.errors",
+    "vlaquant.evaluate.environment",
+    "vlaquant.evaluate.results",
     "vlaquant.families",
     "vlaquant.families.base",
     "vlaquant.families.data",

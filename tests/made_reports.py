@@ -1,12 +1,33 @@
 """Reports without a model: manifests of any number of layers, and results of every command that a page reads."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
+from vlaquant.evaluate.figures import Compared, Figure, compared, counted
+from vlaquant.evaluate.latency import policy_rate
+from vlaquant.evaluate.results import (
+    ActionErrors,
+    ActionFigures,
+    Inside,
+    LanguageEvaluation,
+    LanguageFigures,
+    Memory,
+    Outcome,
+    Pair,
+    Percentiles,
+    PolicyEvaluation,
+    Rollouts,
+    System,
+    to_dict,
+)
+from vlaquant.evaluate.rollouts import paired
 from vlaquant.plan import LayerPlan, OtherTensor, Plan
 from vlaquant.report.data import Report, make_report
 from vlaquant.report.evaluated import read_benchmark, read_evaluation
+from vlaquant.report.films import Film, address
 from vlaquant.report.measured import Measured, Outliers, Trace, WeightHistogram
 from vlaquant.scheme import get_scheme
 
@@ -57,51 +78,115 @@ def manifest(count: int = 8, names: dict[int, str] | None = None, **changes: Any
     } | changes
 
 
-def evaluation() -> dict[str, Any]:
-    """As ``vlaquant eval --rollouts`` writes it."""
+def both(before: float, after: float, unit: str, count: int, of: str = "observations") -> Compared:
+    """Without intervals."""
+    return compared(counted(before, unit, count, of), counted(after, unit, count, of))
 
-    def rate(successes: int, low: float, high: float) -> dict[str, Any]:
-        return {"successes": successes, "episodes": 30, "low": low, "high": high, "rate": successes / 30}
 
-    reference = {"open": rate(30, 0.886, 1.0), "close": rate(28, 0.787, 0.982)}
-    candidate = {"open": rate(29, 0.833, 0.994), "close": rate(25, 0.664, 0.927)}
-    return {
-        "kind": "policy",
-        "bytes": {
-            "disk": 3_055_144,
-            "reference_disk": 9_104_744,
-            "resident": 5_124_992,
-            "reference_resident": 9_086_976,
-        },
-        "latency": {
-            "candidate": {"p50_ms": 16.4975, "p99_ms": 27.926},
-            "reference": {"p50_ms": 12.6375, "p99_ms": 21.137},
-        },
-        "threads": 1,
-        "actions": {
-            "l1": [0.004786, 0.005831, 0.005798, 0.0],
-            "mse": [0.000574, 0.001766, 0.003989, 0.0],
-            "mean_l1": 0.004104,
-            "token_agreement": 0.8966,
-            "bin_distance": 0.5868,
-            "gripper_flips": 0.0123,
-            "l1_to_demonstration": 0.04672,
-            "reference_l1_to_demonstration": 0.04603,
-            "observations": 347,
-        },
-        "rollouts": {
-            "reference": reference | {"all": rate(29, 0.833, 0.994)},
-            "candidate": candidate | {"all": rate(27, 0.744, 0.965)},
-            "paired": {
-                "only_reference": 4,
-                "only_candidate": 1,
-                "p_value": 0.375,
-                "difference": -0.05,
-                "low": -0.11,
-                "high": 0.01,
-            },
-        },
-    }
+def rates(before: int, after: int, episodes: int) -> Compared:
+    """Of so many successes."""
+    outcomes = [[Outcome(i < solved, 50) for i in range(episodes)] for solved in (before, after)]
+    return paired([Pair("any", i, *one) for i, one in enumerate(zip(*outcomes, strict=True))])
+
+
+def evaluated() -> PolicyEvaluation:
+    """As ``vlaquant eval --rollouts`` finds it."""
+
+    def figure(value: float, unit: str = "action") -> Figure:
+        return counted(value, unit, 347, "observations", (0.9 * value, 1.1 * value))
+
+    l1, mse = (0.004786, 0.005831, 0.005798, 0.0), (0.000574, 0.001766, 0.003989, 0.0)
+    errors = [
+        ActionErrors(
+            figure(scale * 0.004104),
+            figure(scale * 0.00158, "action²"),
+            tuple(figure(scale * one) for one in l1),
+            tuple(figure(scale * one, "action²") for one in mse),
+        )
+        for scale in (1.0, 0.5)
+    ]
+    time = Percentiles(both(12.6375, 16.4975, "ms", 347), both(15, 18, "ms", 347), both(21, 28, "ms", 347))
+    return PolicyEvaluation(
+        model="out",
+        reference="demo_policy",
+        actions=ActionFigures(
+            observations=347,
+            episodes=10,
+            chunk=4,
+            dimensions=4,
+            whole_chunk=errors[0],
+            first_step=errors[1],
+            token_agreement=figure(0.8966, "share"),
+            bin_distance=figure(0.5868, "bins"),
+            gripper_flips=figure(0.0123, "share"),
+            demonstration=both(0.04603, 0.04672, "action", 347),
+            boundary_jump=both(0.0321, 0.0333, "action", 337, "chunk boundaries"),
+            jerk=both(0.0456, 0.0467, "action", 1300, "actions"),
+        ),
+        inside=Inside(
+            sqnr={"vision": figure(31.4, "dB"), "language": figure(27.2, "dB")},
+            velocity=None,
+            image_sensitivity=both(0.123, 0.121, "action", 347),
+        ),
+        system=System(
+            disk=both(9_104_744, 3_055_144, "bytes", 1, "files"),
+            memory=Memory(
+                both(9_086_976, 5_124_992, "bytes", 1), None, both(490_000_000, 480_000_000, "bytes", 1), None
+            ),
+            latency=time,
+            parts={"vision": time},
+            rate=policy_rate(4, time, None),
+            threads=1,
+            cpu="some CPU",
+            versions={"vlaquant": "0.1.0"},
+        ),
+        rollouts=driven(),
+    )
+
+
+def driven() -> Rollouts:
+    """60 episodes; the quantized policy loses four."""
+    return Rollouts(
+        environment="metaworld",
+        max_steps=200,
+        success=rates(58, 54, 60),
+        tasks={"open": rates(30, 29, 30), "close": rates(28, 25, 30)},
+        only_reference=4,
+        only_candidate=0,
+        p_value=Figure(0.125, "p", 4, "pairs that differ"),
+        episodes=(
+            *(Pair("open", 91_000 + i, Outcome(i >= 0, 60), Outcome(i > 0, 60)) for i in range(30)),
+            *(Pair("close", 91_000 + i, Outcome(i > 1, 60), Outcome(i > 4, 60)) for i in range(30)),
+        ),
+    )
+
+
+def evaluation(**changes: Any) -> dict[str, Any]:
+    """The same, as ``vlaquant eval --json`` writes it."""
+    return to_dict(replace(evaluated(), **changes))
+
+
+def film() -> Film:
+    """Of the episode that the quantized policy lost."""
+    rollouts = evaluated().rollouts
+    assert rollouts is not None
+    frames = tuple(address(PIL.Image.new("RGB", (24, 24), (20 * i, 0, 0))) for i in range(8))
+    return Film(next(pair for pair in rollouts.episodes if pair.differs), frames, frames[:3])
+
+
+def words() -> LanguageEvaluation:
+    """Of a language model."""
+    return LanguageEvaluation(
+        model="out",
+        reference="float",
+        language=LanguageFigures(
+            perplexity=both(27.5, 33.54, "perplexity", 4088, "tokens"),
+            divergence=counted(0.178, "nats/token", 4088, "tokens"),
+            top1_agreement=counted(0.812, "share", 4088, "tokens"),
+            tokens=4088,
+        ),
+        system=replace(evaluated().system, rate=None, parts={}),
+    )
 
 
 def benchmark() -> dict[str, Any]:
@@ -154,7 +239,7 @@ def report(count: int = 8, names: dict[int, str] | None = None, **changes: Any) 
     return make_report(
         "demo-w4a16",
         data,
-        evaluation=read_evaluation(evaluation()),
+        evaluation=replace(read_evaluation(evaluation()), films=(film(),)),
         benchmark=read_benchmark(benchmark()),
         measured=measured(quantized),
         log=[

@@ -45,8 +45,8 @@ ENTRANCES = {"vlaquant", "vlaquant.__main__"}
 
 #: Optional extras, which may be imported inside a function.
 OPTIONAL = {
-    *("av", "axe_playwright_python", "compressed_tensors", "gguf", "lerobot", "matplotlib", "metaworld", "mujoco"),
-    *("pdoc", "playwright", "scipy"),
+    *("av", "axe_playwright_python", "compressed_tensors", "gguf", "gymnasium", "lerobot", "libero"),
+    *("matplotlib", "metaworld", "mujoco", "pdoc", "playwright", "scipy"),
 }
 PICKLES = {"cPickle", "cloudpickle", "dill", "joblib", "pickle", "shelve"}
 

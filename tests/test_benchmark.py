@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from vlaquant import kernels
-from vlaquant.benchmark import doctor, limits, machine
+from vlaquant.benchmark import doctor, limits
 from vlaquant.benchmark.doctor import diagnose, report
 from vlaquant.benchmark.limits import Limits, best_of, measure_limits, prepacked_fp32
-from vlaquant.benchmark.timing import interleave, ratio, summary_ms, threads
 from vlaquant.cli import main
+from vlaquant.evaluate import machine
+from vlaquant.evaluate.timing import interleave, ratio, summary_ms, threads
 from vlaquant.kernels import Kernel
 from vlaquant.kernels.reference import REFERENCE
 

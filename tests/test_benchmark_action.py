@@ -15,12 +15,12 @@ from torch import nn
 
 import vlaquant
 from vlaquant.benchmark.action import ActionSettings, bench_action
-from vlaquant.benchmark.parts import AFTER, BEFORE, BETWEEN, PartClock, borders, clocked, part_names
 from vlaquant.benchmark.tables import action_table
-from vlaquant.benchmark.timing import CLOCKS
 from vlaquant.cli import main
 from vlaquant.errors import EvaluationError
-from vlaquant.evaluate.evaluation import resident_bytes
+from vlaquant.evaluate.memory import resident_bytes
+from vlaquant.evaluate.parts import AFTER, BEFORE, BETWEEN, PartClock, borders, clocked, part_names
+from vlaquant.evaluate.timing import CLOCKS
 from vlaquant.families import FAMILIES
 
 ACTING = [name for name in TINY if FAMILIES[name.partition(":")[0]].act is not None]

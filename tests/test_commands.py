@@ -54,6 +54,11 @@ RUN = {
     "--bench build/bench.json": "",
     "vlaquant report --compare my_openvla_w4 build/demo-w4a16": "",
     "vlaquant sensitivity --config configs/demo_w4a16_gptq.yaml --json build/scan.json": "--estimated --samples 1",
+    "vlaquant eval --model my_openvla_w4 --reference my_openvla --episodes episodes --rollouts 20 "
+    "--videos build/videos --json build/eval.json": (
+        "--samples 2 --rollouts 1 --max-steps 2 --workers 0 --env gymnasium:made_gym:Reach-v0 "
+        "--env-option image=views.top"
+    ),
 }
 
 _ENVIRONMENT = "make test-lerobot, in an environment with LeRobot"
@@ -118,6 +123,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, target in links.items():
         (tmp_path / name).symlink_to(ROOT / target, target_is_directory=True)
     skip_verification(monkeypatch)
+    monkeypatch.setattr("vlaquant.evaluate.evaluation.memory", lambda *_: None)  # two more processes, tested elsewhere
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

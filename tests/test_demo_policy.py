@@ -49,9 +49,9 @@ def test_image_and_instruction_reach_the_action(policy: OpenVLAForActionPredicti
 
 def test_it_acts_like_the_demonstrations(policy: OpenVLAForActionPrediction) -> None:
     seen = load_observations(EPISODES, "evaluation", 40)
-    error, _ = compare(policy, policy, seen, lambda items: items)
+    error = compare(policy, policy, seen, lambda items: items).figures
     always_still = float(np.mean([np.abs(o.action).mean() for o in seen if o.action is not None]))
-    assert error.l1_to_demonstration < 0.3 * always_still
+    assert error.demonstration.candidate.value < 0.3 * always_still
 
 
 def test_calibration_and_evaluation_episodes_are_different() -> None:
@@ -64,10 +64,10 @@ def test_calibration_and_evaluation_episodes_are_different() -> None:
 def test_demo_recipes(name: str, policy: OpenVLAForActionPrediction) -> None:
     quantized = vlaquant.quantize(POLICY, load_recipe(ROOT / "configs" / f"{name}.yaml")).model
     assert isinstance(quantized, OpenVLAForActionPrediction)
-    error, _ = compare(quantized, policy, load_observations(EPISODES, "evaluation", 30), lambda items: items)
+    error = compare(quantized, policy, load_observations(EPISODES, "evaluation", 30), lambda items: items).figures
     assert error.bin_distance is not None
-    assert error.bin_distance < 8.0  # of 255; a policy that acts at random is above 80
-    assert error.gripper_flips < 0.02
+    assert error.bin_distance.value < 8.0  # of 255; a policy that acts at random is above 80
+    assert error.gripper_flips.value < 0.02
 
 
 @pytest.mark.parametrize("bits", [3, 4])

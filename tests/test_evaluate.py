@@ -13,27 +13,38 @@ from tiny_oft import oft_observations, save_oft
 
 import vlaquant
 from vlaquant.errors import EvaluationError
-from vlaquant.evaluate.actions import Predictions, action_error, compare
+from vlaquant.evaluate.action_figures import Predictions, action_figures, boundary_jump, jerk
+from vlaquant.evaluate.actions import compare
+from vlaquant.evaluate.figures import Figure, Groups
 from vlaquant.evaluate.language import compare_text
-from vlaquant.evaluate.metaworld import INSTRUCTIONS
-from vlaquant.evaluate.rollouts import FIRST_SEED, outcomes_of, plan_jobs, summarize
-from vlaquant.evaluate.statistics import paired_difference, success_rate
 from vlaquant.models.openvla import action_statistics
+
+
+def value(figure: Figure | None) -> float:
+    assert figure is not None
+    return figure.value
 
 
 def test_equal_policies_have_no_error() -> None:
     model = openvla()
-    error, latency = compare(model, copy.deepcopy(model), observations(3), lambda items: items)
-    assert error.l1 == [0.0] * 4
-    assert error.token_agreement == 1.0
-    assert error.l1_to_demonstration == error.reference_l1_to_demonstration > 0.0
-    assert latency["candidate"]["p50_ms"] > 0.0
+    found = compare(model, copy.deepcopy(model), observations(3), lambda items: items)
+    figures = found.figures
+    for errors in (figures.whole_chunk, figures.first_step):
+        assert [value(one) for one in (errors.l1, errors.mse, *errors.l1_by_dimension)] == [0.0] * 6
+    assert (value(figures.token_agreement), value(figures.bin_distance), value(figures.gripper_flips)) == (
+        1.0,
+        0.0,
+        0.0,
+    )
+    assert (figures.demonstration.ratio.value, figures.demonstration.difference.value) == (1.0, 0.0)
+    assert figures.demonstration.candidate.value > 0.0
+    assert min(found.candidate.seconds) > 0.0
 
 
 def test_different_policies_differ() -> None:
-    error, _ = compare(openvla(seed=1), openvla(), observations(3), lambda items: items)
-    assert error.token_agreement != 1.0
-    assert max(error.l1) > 0.0
+    error = compare(openvla(seed=1), openvla(), observations(3), lambda items: items).figures
+    assert value(error.token_agreement) != 1.0
+    assert error.whole_chunk.l1.value > 0.0
 
 
 def test_action_error_by_hand() -> None:
@@ -48,12 +59,39 @@ def test_action_error_by_hand() -> None:
     other[0, 0, 0] += 0.2
     other[0, 1, 3] = -0.5
     bins = model.action_tokens.bins
-    error = action_error(Predictions(other, bins(moved), [0.1]), Predictions(actions, bins(tokens), [0.1]), actions)
-    assert error.bin_distance == pytest.approx(3 / 8)
-    assert error.token_agreement == pytest.approx(7 / 8)
-    assert error.l1 == pytest.approx([0.1, 0.0, 0.0, 0.5])
-    assert error.mse == pytest.approx([0.02, 0.0, 0.0, 0.5])
-    assert error.gripper_flips == pytest.approx(0.5)
+    one = Groups.of(["episode"])
+    error = action_figures(
+        Predictions(other, bins(moved), [0.1]), Predictions(actions, bins(tokens), [0.1]), actions, one
+    )
+    assert value(error.bin_distance) == pytest.approx(3 / 8)
+    assert value(error.token_agreement) == pytest.approx(7 / 8)
+    assert [value(one) for one in error.whole_chunk.l1_by_dimension] == pytest.approx([0.1, 0.0, 0.0, 0.5])
+    assert [value(one) for one in error.whole_chunk.mse_by_dimension] == pytest.approx([0.02, 0.0, 0.0, 0.5])
+    assert [value(one) for one in error.first_step.l1_by_dimension] == pytest.approx([0.2, 0.0, 0.0, 0.0])
+    assert value(error.whole_chunk.l1) == pytest.approx(0.15)
+    assert value(error.first_step.mse) == pytest.approx(0.01)
+    assert value(error.gripper_flips) == pytest.approx(0.5)
+    assert value(error.demonstration.candidate) == pytest.approx(0.15)
+    assert error.boundary_jump is error.jerk is None  # one chunk of two actions
+
+
+def test_jumps_and_jerk_by_hand() -> None:
+    """Two episodes of two chunks of two actions; the quantized policy overshoots at the end of each chunk."""
+    smooth = np.array([[0.0, 1.0], [2.0, 3.0], [5.0, 5.0], [5.0, 5.0]])[..., None]
+    rough = np.array([[0.0, 1.5], [2.0, 3.5], [5.0, 5.0], [5.0, 5.0]])[..., None]
+    episodes = Groups.of(["first", "first", "second", "second"])
+    jump, shaking = boundary_jump(smooth, rough, episodes), jerk(smooth, rough, episodes)
+    assert jump is not None
+    assert shaking is not None
+    # In the first episode from 1 to 2, and from 1.5 to 2; in the second none; nothing between episodes
+    assert (jump.reference.value, jump.candidate.value, jump.ratio.value) == (0.5, 0.25, 0.5)
+    assert (jump.reference.count, jump.reference.of) == (2, "chunk boundaries")
+    # 3.5 − 3·2 + 3·1.5 − 0 = 2, and 3 − 3·2 + 3·1 − 0 = 0
+    assert (shaking.reference.value, shaking.candidate.value, shaking.ratio.value) == (0.0, 1.0, np.inf)
+    same = jerk(smooth, smooth, episodes)
+    assert same is not None
+    assert (same.ratio.value, same.difference.value) == (1.0, 0.0)
+    assert boundary_jump(smooth[:1], rough[:1], Groups.of(["first"])) is None
 
 
 def test_a_policy_without_tokens(tmp_path: Path) -> None:
@@ -61,15 +99,16 @@ def test_a_policy_without_tokens(tmp_path: Path) -> None:
     policies: list[Any] = [vlaquant.load(source) for _ in range(2)]
     with torch.no_grad():
         policies[0].action_head.model.fc2.bias[0] += 0.1
-    error, _ = compare(policies[0], policies[1], seen, lambda items: items)
+    error = compare(policies[0], policies[1], seen, lambda items: items).figures
     assert error.token_agreement is None
     assert error.bin_distance is None
+    l1 = [value(one) for one in error.whole_chunk.l1_by_dimension]
     stats = action_statistics(policies[0].config.norm_stats, seen[0].unnorm_key)
-    assert error.l1[0] == pytest.approx(0.1 * (stats["high"] - stats["low"])[0] / 2, rel=1e-3)
-    assert error.l1[1:] == [0.0] * (len(error.l1) - 1)
+    assert l1[0] == pytest.approx(0.1 * (stats["high"] - stats["low"])[0] / 2, rel=1e-3)
+    assert l1[1:] == [0.0] * (len(l1) - 1)
     wanted = [policies[1].predict_action(list(one.images), one.instruction, state=one.state) for one in seen]
     given = np.stack([one.action for one in seen if one.action is not None])
-    assert error.reference_l1_to_demonstration == pytest.approx(np.abs(np.stack(wanted) - given).mean())
+    assert error.demonstration.reference.value == pytest.approx(np.abs(np.stack(wanted) - given).mean())
 
 
 def test_recordings_of_another_robot_are_refused() -> None:
@@ -95,9 +134,10 @@ def test_perplexity_matches_the_models_own_loss() -> None:
     error, _ = compare_text(model, model, [ids], lambda items: items)
     with torch.inference_mode():
         loss = model(input_ids=ids, labels=ids).loss
-    assert error.perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
-    assert error.divergence == pytest.approx(0.0, abs=1e-6)
-    assert (error.top1_agreement, error.tokens) == (1.0, 29)
+    assert error.perplexity.candidate.value == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert (error.perplexity.ratio.value, error.perplexity.difference.value) == (1.0, 0.0)
+    assert error.divergence.value == 0.0
+    assert (error.top1_agreement.value, error.tokens) == (1.0, 29)
 
 
 def test_divergence_is_positive_and_directed() -> None:
@@ -106,43 +146,20 @@ def test_divergence_is_positive_and_directed() -> None:
     torch.nn.init.normal_(other.lm_head.weight, std=0.5)
     forward, _ = compare_text(other, llama(), [ids], lambda items: items)
     backward, _ = compare_text(llama(), other, [ids], lambda items: items)
-    assert forward.divergence > 0.0
-    assert forward.divergence != pytest.approx(backward.divergence, rel=1e-3)
+    assert forward.divergence.value > 0.0
+    assert forward.divergence.value != pytest.approx(backward.divergence.value, rel=1e-3)
 
 
-def test_wilson_interval_of_a_textbook_case() -> None:
-    pytest.importorskip("scipy")
-    rate = success_rate(np.array([True] * 45 + [False] * 5))
-    assert rate.low == pytest.approx(0.786, abs=1e-3)
-    assert rate.high == pytest.approx(0.957, abs=1e-3)
-
-
-def test_mcnemar_by_hand() -> None:
-    pytest.importorskip("scipy")
-    reference = np.array([True] * 10 + [False] * 2 + [True] * 8)
-    candidate = np.array([False] * 10 + [True] * 2 + [True] * 8)
-    paired = paired_difference(reference, candidate)
-    assert (paired.only_reference, paired.only_candidate) == (10, 2)
-    assert paired.p_value == pytest.approx(2 * (1 + 12 + 66) / 2**12)
-    assert paired.difference == pytest.approx(-0.4)
-    assert paired.low < -0.4 < paired.high
-    assert paired_difference(reference, reference).p_value == 1.0
-
-
-def test_jobs_pair_policies_and_outcomes_keep_the_order_of_seeds() -> None:
-    pytest.importorskip("scipy")
-    first, second = Path("a"), Path("b")
-    jobs = plan_jobs([first, second], episodes=12)
-    for task in INSTRUCTIONS:
-        seeds = {
-            policy: [s for job in jobs if job.policy == policy and job.task == task for s in job.seeds]
-            for policy in (first, second)
-        }
-        assert seeds[first] == seeds[second] == list(range(FIRST_SEED, FIRST_SEED + 12))
-    outcomes = {job: np.array([seed % 3 == 0 for seed in job.seeds]) for job in reversed(jobs)}
-    found = outcomes_of(first, outcomes)
-    expected = [seed % 3 == 0 for seed in range(FIRST_SEED, FIRST_SEED + 12)]
-    assert all(found[task].tolist() == expected for task in INSTRUCTIONS)
-    summary = summarize(outcomes_of(second, outcomes), found)
-    assert summary["candidate"]["all"]["episodes"] == 12 * len(INSTRUCTIONS)
-    assert summary["paired"]["p_value"] == 1.0
+def test_perplexity_over_windows_by_hand() -> None:
+    """The mean is over tokens, not over windows, and the interval comes from drawing windows."""
+    other = llama()
+    torch.nn.init.normal_(other.lm_head.weight, std=0.5)
+    windows = [torch.arange(start, start + length).reshape(1, -1) for start, length in ((0, 30), (5, 10), (40, 20))]
+    error, seconds = compare_text(other, llama(), windows, lambda items: items)
+    each = [compare_text(other, llama(), [one], lambda items: items)[0] for one in windows]
+    logs = [np.log(one.perplexity.candidate.value) * one.tokens for one in each]
+    assert error.perplexity.candidate.value == pytest.approx(np.exp(sum(logs) / (29 + 9 + 19)))
+    assert error.perplexity.candidate.count == error.tokens == 57
+    assert error.perplexity.candidate.low is not None
+    assert error.perplexity.candidate.low == pytest.approx(min(one.perplexity.candidate.value for one in each))
+    assert [len(one) for one in seconds.values()] == [3, 3]

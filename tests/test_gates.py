@@ -130,8 +130,8 @@ def test_a_policy_gone_blind_is_found(source: Path, tmp_path: Path) -> None:
     blind = copy.deepcopy(seeing)
     nn.init.zeros_(blind.projector.fc2.weight)
     seen = observations(4)
-    assert image_sensitivity(seeing, seeing, seen, still)["ratio"] == 1.0
-    ratio = image_sensitivity(blind, seeing, seen, still)["ratio"]
+    assert image_sensitivity(seeing, seeing, seen, still).ratio.value == 1.0
+    ratio = image_sensitivity(blind, seeing, seen, still).ratio.value
     assert ratio == 0.0
     assert missed({"image_sensitivity": 0.5}, {"image_sensitivity": ratio})
     with pytest.raises(EvaluationError, match="no measure of sight"):
@@ -161,7 +161,7 @@ def test_sight_of_a_flow_policy_is_measured_from_the_same_noise() -> None:
     for name, parameter in blind.named_parameters():
         if "multi_modal_projector" in name:
             nn.init.zeros_(parameter)
-    assert image_sensitivity(blind, policy, robot_observations(3), still)["ratio"] == 0.0
+    assert image_sensitivity(blind, policy, robot_observations(3), still).ratio.value == 0.0
 
 
 @pytest.mark.parametrize(

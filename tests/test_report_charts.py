@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_reports import benchmark, evaluation, measured, report
+from made_reports import benchmark, evaluation, film, measured, report
 from PIL import Image
 
 from vlaquant.report.chart import NARROW, WIDE
@@ -20,6 +20,7 @@ from vlaquant.report.charts_layers import bytes_by_part, layer_errors
 from vlaquant.report.charts_models import Point, front, pareto
 from vlaquant.report.charts_weights import outlier_map, weight_histogram
 from vlaquant.report.evaluated import read_benchmark, read_evaluation
+from vlaquant.report.films import film_strips
 from vlaquant.report.svg import decades, linear, logarithmic, number, percent, shortened, size, tag, ticks
 
 
@@ -39,12 +40,14 @@ def charts() -> list[Any]:
     assert found.trace is not None
     evaluated = read_evaluation(evaluation())
     assert evaluated.success is not None
+    assert evaluated.policy is not None
     return [
         bytes_by_part(shown.parts),
         layer_errors(shown.layers),
         weight_histogram(found.weights[0]),
         outlier_map(found.outliers),
-        action_errors(evaluated),
+        action_errors(evaluated.policy.actions),
+        film_strips([film()]),
         action_trace(found.trace),
         success_rates(evaluated.success),
         latency_parts(read_benchmark(benchmark())),

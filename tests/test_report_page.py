@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from html_checks import Document
-from made_reports import benchmark, evaluation, manifest, measured, report
+from made_reports import benchmark, evaluated, evaluation, manifest, measured, report, words
 
 from vlaquant.cli import main
 from vlaquant.errors import EvaluationError
+from vlaquant.evaluate.results import Inside, to_dict
 from vlaquant.report.data import Report, make_report
 from vlaquant.report.evaluated import read_evaluation
 from vlaquant.report.measured import Measured
@@ -69,19 +70,27 @@ def test_every_layer_is_there_with_its_figures() -> None:
 
 
 def test_every_number_of_an_evaluation_is_there() -> None:
-    text, data = document(report()).text, evaluation()
-    actions, shares = data["actions"], {"token_agreement", "gripper_flips"}
-    pairs = [actions[f"{who}l1_to_demonstration"] for who in ("", "reference_")]
-    pairs += [value for who in ("candidate", "reference") for value in data["latency"][who].values()]
-    shown = [number(value, 4) for value in pairs]
-    shown += [number(value) for key in ("l1", "mse") for value in actions[key]]
-    shown += [percent(actions[key]) for key in shares]
-    shown += [number(actions[key]) for key in ("mean_l1", "bin_distance", "observations")]
+    text, found = document(report()).text, evaluated()
+    actions, system = found.actions, found.system
+    assert actions.token_agreement is not None
+    assert actions.bin_distance is not None
+    assert actions.jerk is not None
+    assert system.rate is not None
+    pairs = [actions.demonstration, actions.jerk, system.latency.p50, system.latency.p99, system.rate.median]
+    shown = [number(figure.value, 4) for of in pairs for figure in (of.reference, of.candidate)]
+    shown += [number(figure.value) for figure in actions.whole_chunk.l1_by_dimension]
+    shown += [number(figure.value) for figure in actions.whole_chunk.mse_by_dimension]
+    shown += [percent(actions.token_agreement.value), percent(actions.gripper_flips.value)]
+    shown += [number(actions.first_step.l1.value, 4), number(actions.bin_distance.value, 4), "31.4 dB", "27.2 dB"]
+    shown += [f"{number(0.9 * 0.004104, 4)} to {number(1.1 * 0.004104, 4)} 347 observations"]
     assert [one for one in shown if f" {one} " not in text] == []
-    for rates in (data["rollouts"]["reference"], data["rollouts"]["candidate"]):
-        for rate in rates.values():
-            assert f"{100 * rate['rate']:.1f} % of 30 [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}]" in text
-    for one in ("89.7 %", "1.23 %", "−5.0 points [−11.0, +1.0]", "p = 0.38", "9.88 ms", "5.93 (6 calls)"):
+    success = read_evaluation(evaluation()).success
+    assert success is not None
+    for task in (*success.tasks, success.overall):
+        for rate in (task.before, task.after):
+            ends = f"[{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
+            assert f"{100 * rate.rate:.1f} % of {rate.episodes} {ends}" in text
+    for one in ("89.7 %", "1.23 %", "−6.7 points", "p = 0.12", "9.88 ms", "5.93 (6 calls)"):
         assert one in text
     assert "per token" not in text  # it is contained in the whole of that part
 
@@ -92,7 +101,7 @@ def test_names_are_text_and_nothing_else(name: str) -> None:
     data["recipe"]["family"] = data["layers"][1]["notes"] = [name]
     data["plan"]["layers"][2]["reason"] = data["plan"]["family"] = name
     found = evaluation()
-    found["rollouts"]["reference"][name] = found["rollouts"]["candidate"][name] = found["rollouts"]["reference"]["open"]
+    found["rollouts"]["tasks"][name] = found["rollouts"]["tasks"]["open"]
     shown = make_report(name, data, evaluation=read_evaluation(found), measured=measured([name, "other"]), origin=name)
     page, tame = document(shown), document(report())
     assert page.complaints == []
@@ -113,9 +122,13 @@ def test_json_in_a_script_cannot_end_it() -> None:
 
 def test_nothing_comes_from_the_network() -> None:
     page = document(report())
+    inside = ("#", "data:image/png;base64,", "data:image/jpeg;base64,")
     for name, attributes in page.elements:
         for key in ("src", "href", "srcset", "action", "data"):
-            assert attributes.get(key, "#").startswith(("#", "data:image/png;base64,")), (name, attributes)
+            assert attributes.get(key, "#").startswith(inside), (
+                name,
+                attributes,
+            )
     policy = next(a["content"] for n, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
@@ -134,44 +147,33 @@ def test_a_manifest_alone_makes_a_page_that_says_what_is_missing() -> None:
     )
 
 
-@pytest.mark.parametrize("gone", ["actions", "latency", "rollouts", "bytes", "threads", "kind"])
-def test_an_evaluation_may_lack_any_field(gone: str) -> None:
-    found = evaluation()
-    found.pop(gone)
-    assert document(replace(report(), evaluation=read_evaluation(found))).complaints == []
+def test_an_evaluation_may_lack_what_not_every_policy_has() -> None:
+    found = evaluated()
+    actions = replace(found.actions, token_agreement=None, bin_distance=None, boundary_jump=None, jerk=None)
+    inside = Inside({}, (found.actions.gripper_flips,), None)
+    bare = evaluation(
+        actions=actions, inside=inside, system=replace(found.system, memory=None, parts={}), rollouts=None
+    )
+    page = document(replace(report(), evaluation=read_evaluation(bare)))
+    assert page.complaints == []
+    assert "error of the velocity, denoising step 1" in page.text
 
 
-def test_an_evaluation_with_nonsense_is_as_one_without() -> None:
+def test_an_evaluation_with_nonsense_is_refused() -> None:
     found = evaluation()
-    found["actions"]["l1"] = [0.1, None]
-    found["actions"]["mean_l1"] = float("nan")
-    found["latency"] = "fast"
-    found["rollouts"]["paired"]["p_value"] = True
-    read = read_evaluation(found)
-    assert (read.l1, read.mean_l1, read.latency) == ((), None, None)
-    assert read.success is not None
-    assert read.success.paired is None
-    assert read.success.overall is not None
+    found["actions"]["jerk"]["ratio"]["value"] = "fast"
+    with pytest.raises(EvaluationError, match=r"e\.json: is no result .* \(policy\.actions\.jerk\.ratio\.value"):
+        read_evaluation(found, "e.json")
 
 
 def test_rollouts_that_were_skipped_say_why() -> None:
-    found = evaluation() | {"rollouts": {"skipped": "the EGL library is missing"}}
+    found = evaluation(rollouts=None, skipped="the EGL library is missing")
     text = document(replace(report(), evaluation=read_evaluation(found))).text
     assert text.count("the EGL library is missing") == 2  # at the top, and among what is missing
 
 
 def test_a_language_model_has_words_in_the_place_of_success() -> None:
-    words = {
-        "kind": "language",
-        "language": {
-            "perplexity": 33.54,
-            "reference_perplexity": 27.5,
-            "divergence": 0.178,
-            "top1_agreement": 0.812,
-            "tokens": 4088,
-        },
-    }
-    page = document(replace(report(), evaluation=read_evaluation(words)))
+    page = document(replace(report(), evaluation=read_evaluation(to_dict(words()))))
     for one in ("Perplexity", "27.5 → 33.54", "+22.0 %", "0.178", "81.2 %", "4088"):
         assert one in page.text
 
@@ -194,10 +196,10 @@ def test_the_five_figures_at_the_top() -> None:
     ("require", "words"),
     [
         ({}, "No gates set"),
-        ({"action_l1": 0.01, "success_drop": 0.06}, "All 2 gates passed"),
-        ({"action_l1": 0.001, "success_drop": 0.06}, "1 of 2 gates failed"),
+        ({"action_l1": 0.01, "success_drop": 0.07, "image_sensitivity": 0.8}, "All 3 gates passed"),
+        ({"action_l1": 0.001, "success_drop": 0.07}, "1 of 2 gates failed"),
         ({"action_l1": 0.01, "success_drop": 0.04}, "1 of 2 gates failed"),
-        ({"action_l1": 0.01, "image_sensitivity": 0.8}, "1 of 2 gates were not measured"),
+        ({"action_l1": 0.01, "perplexity_ratio": 1.1}, "1 of 2 gates were not measured"),
     ],
 )
 def test_gates_of_the_recipe(require: dict[str, float], words: str) -> None:
@@ -264,7 +266,7 @@ def test_the_command_compares(tmp_path: Path) -> None:
     for i, error in enumerate((0.004, 0.001)):
         outputs.append(str(written(tmp_path / f"out{i}", bytes_on_disk={"weights": 10**6 * (1 + i)})))
         found = evaluation()
-        found["actions"]["mean_l1"] = error
+        found["actions"]["whole_chunk"]["l1"]["value"] = error
         files.append(str(tmp_path / f"e{i}.json"))
         Path(files[-1]).write_text(json.dumps(found), encoding="utf-8")
     target = tmp_path / "deep" / "c.html"

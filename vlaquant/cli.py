@@ -12,7 +12,6 @@ from pathlib import Path
 import datasets
 from transformers.utils import logging as transformers_logging
 
-from vlaquant.benchmark.timing import CLOCKS
 from vlaquant.commands import (
     run_bench,
     run_doctor,
@@ -26,6 +25,7 @@ from vlaquant.commands import (
 )
 from vlaquant.engine.processes import launched
 from vlaquant.errors import RecipeError, VlaquantError
+from vlaquant.evaluate.timing import CLOCKS
 from vlaquant.recipe import parse_bytes
 
 EXIT_FAILED = 1
@@ -133,8 +133,15 @@ def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--unnorm-key", help="dataset whose action statistics apply, if the policy knows several")
     evaluate.add_argument("--samples", type=int, help="observations, or windows of text (default: all, or 32)")
     evaluate.add_argument("--sequence-length", type=int, default=512, help="tokens of one window of text")
-    evaluate.add_argument("--rollouts", type=int, default=0, metavar="N", help="paired closed-loop episodes a task")
-    evaluate.add_argument("--json", type=Path, help="write the result here too")
+    evaluate.add_argument("--control-hz", type=float, metavar="HZ", help="actions that the robot executes a second")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+    loop = evaluate.add_argument_group("closed loop")
+    loop.add_argument("--rollouts", type=int, default=0, metavar="N", help="paired simulated episodes a task")
+    loop.add_argument("--env", default="metaworld", help="metaworld[:TASK], gymnasium:ID or libero:SUITE")
+    loop.add_argument("--env-option", action="append", default=[], metavar="KEY=VALUE", help="of the simulator")
+    loop.add_argument("--max-steps", type=int, metavar="N", help="after which an episode has failed")
+    loop.add_argument("--workers", type=int, metavar="N", help="processes; 0: this one (default: at most 4)")
+    loop.add_argument("--videos", type=Path, metavar="DIR", help="keep videos of episodes that end differently")
     evaluate.set_defaults(command=run_evaluate)
 
 

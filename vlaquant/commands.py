@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,11 @@ from vlaquant.checkpoint import read_config, read_manifest
 from vlaquant.engine.processes import launched
 from vlaquant.engine.run import RunOptions
 from vlaquant.errors import RecipeError
-from vlaquant.evaluate.evaluation import evaluate_language, evaluate_policy, table
+from vlaquant.evaluate.evaluation import evaluate_language, evaluate_policy
+from vlaquant.evaluate.results import Evaluation, to_dict
+from vlaquant.evaluate.rollouts import ClosedLoop, default_workers
+from vlaquant.evaluate.simulators import parse_simulator
+from vlaquant.evaluate.table import table as evaluation_table
 from vlaquant.goals.plotting import plot_curve, plot_scan
 from vlaquant.pipeline import plan, progressive, quantize
 from vlaquant.plan import plan_from_dict
@@ -101,6 +107,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Compare a quantized checkpoint with its original."""
+    result: Evaluation
     if args.text is not None:
         result = evaluate_language(
             args.model, args.reference, args.text, count=args.samples or 32, length=args.sequence_length
@@ -111,11 +118,31 @@ def run_evaluate(args: argparse.Namespace) -> None:
             args.reference,
             args.episodes,
             count=args.samples,
-            rollouts=args.rollouts,
             unnorm_key=args.unnorm_key,
+            closed_loop=_closed_loop(args),
+            control_hz=args.control_hz,
         )
-    _write_json(args.json, result)
-    print(table(result))
+        if args.videos is not None and result.rollouts is not None:
+            folder = os.path.relpath(args.videos, args.json.parent)
+            result = replace(result, rollouts=replace(result.rollouts, videos=folder))
+    _write_json(args.json, to_dict(result))
+    print(evaluation_table(result))
+
+
+def _closed_loop(args: argparse.Namespace) -> ClosedLoop | None:
+    """What ``--rollouts`` and the options that go with it mean; None without episodes."""
+    if args.videos is not None and args.json is None:
+        raise RecipeError("--videos goes with --json, which says which video is of which episode")
+    if not args.rollouts:
+        return None
+    return ClosedLoop(
+        args.rollouts,
+        parse_simulator(args.env, args.env_option),
+        max_steps=args.max_steps,
+        workers=default_workers() if args.workers is None else args.workers,
+        unnorm_key=args.unnorm_key,
+        videos=args.videos,
+    )
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlaquant.benchmark.machine import machine
-from vlaquant.benchmark.parts import DECODE, PartClock, borders, clocked, part_names
-from vlaquant.benchmark.timing import CLOCKS, interleave, summary_ms, synchronize, threads
 from vlaquant.errors import EvaluationError, RecipeError, VlaquantError
 from vlaquant.evaluate.actions import ask
-from vlaquant.evaluate.evaluation import resident_bytes
+from vlaquant.evaluate.latency import WARM_UP, Version, part_turn, whole_turn
+from vlaquant.evaluate.machine import machine
+from vlaquant.evaluate.memory import resident_bytes
+from vlaquant.evaluate.parts import DECODE, PartClock
+from vlaquant.evaluate.timing import interleave, summary_ms, threads
 from vlaquant.export import load
 from vlaquant.families import family_of_model
 from vlaquant.families.data import load_observations
@@ -24,7 +25,6 @@ from vlaquant.families.observation import Observation
 DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _REFERENCE_DTYPES = ("float32", "bfloat16")
 _SPLIT = "evaluation"
-_WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,6 @@ class ActionSettings:
             raise RecipeError("--dtypes are those of the reference; give --reference, or use --model-dtypes")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Version:
-    """A policy in one dtype, and one action of it with an observation's number."""
-
-    model: nn.Module
-    act: Callable[[int], Any]
-
-
 def bench_action(settings: ActionSettings) -> dict[str, Any]:
     """Measure; returns plain values for JSON and :func:`~vlaquant.benchmark.tables.action_table`.
 
@@ -85,7 +77,7 @@ def bench_action(settings: ActionSettings) -> dict[str, Any]:
         facts, models = machine(), _models(settings)
         if settings.episodes is not None:
             observations = load_observations(settings.episodes, _SPLIT, settings.rounds, settings.unnorm_key)
-        versions = {name: _Version(model, _action(model, observations)) for name, model in models.items()}
+        versions = {name: Version(model, _action(model, observations)) for name, model in models.items()}
         for name, version in versions.items():
             _check_acts(name, version)
         measured = _measure(versions, settings)
@@ -161,7 +153,7 @@ def _action(model: nn.Module, observations: Sequence[Observation] | None) -> Cal
     return lambda number: act(model, inputs)
 
 
-def _check_acts(name: str, version: _Version) -> None:
+def _check_acts(name: str, version: Version) -> None:
     """The first action; its errors are of the model's dtype or its inputs, and not of the measurement."""
     try:
         version.act(0)
@@ -173,51 +165,22 @@ def _check_acts(name: str, version: _Version) -> None:
         ) from error
 
 
-def _measure(versions: dict[str, _Version], settings: ActionSettings) -> dict[str, Any]:
+def _measure(versions: dict[str, Version], settings: ActionSettings) -> dict[str, Any]:
     """Name -> medians of the whole action and, from actions of their own, of its parts; and memory."""
     parts: dict[str, list[PartClock]] = {name: [] for name in versions}
-    turns = {name: _whole(version, settings) for name, version in versions.items()}
-    turns |= {f"{name} by part": _by_part(version, settings, parts[name]) for name, version in versions.items()}
-    seconds = interleave(turns, settings.rounds, warm_up=_WARM_UP)
+    how = (settings.device, settings.clock)
+    turns = {name: whole_turn(version, *how) for name, version in versions.items()}
+    turns |= {f"{name} by part": part_turn(version, parts[name], *how) for name, version in versions.items()}
+    seconds = interleave(turns, settings.rounds, warm_up=WARM_UP)
     return {
         name: {
             **summary_ms(seconds[name]),
-            "parts": _part_summary(parts[name][_WARM_UP:]),
+            "parts": _part_summary(parts[name][WARM_UP:]),
             "sum_of_parts_ms": summary_ms(seconds[f"{name} by part"])["median_ms"],
             "resident_bytes": resident_bytes(version.model),
         }
         for name, version in versions.items()
     }
-
-
-def _whole(version: _Version, settings: ActionSettings) -> Callable[[int], float]:
-    """One action that nobody watches."""
-    clock, device = CLOCKS[settings.clock], settings.device
-
-    def turn(number: int) -> float:
-        synchronize(device)
-        started = clock()
-        version.act(number)
-        synchronize(device)
-        return clock() - started
-
-    return turn
-
-
-def _by_part(version: _Version, settings: ActionSettings, kept: list[PartClock]) -> Callable[[int], float]:
-    """One action under a clock, which is kept."""
-    names = part_names(version.model)
-    with clocked(version.model, names, PartClock()) as probe:
-        version.act(0)
-    watched = {name: names[name] for name in borders(probe.visits)}
-
-    def turn(number: int) -> float:
-        with clocked(version.model, watched, PartClock(settings.device, settings.clock)) as clock:
-            version.act(number)
-        kept.append(clock)
-        return sum(clock.seconds.values())
-
-    return turn
 
 
 def _part_summary(clocks: Sequence[PartClock]) -> dict[str, dict[str, float]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vlaquant.benchmark.machine import machine
+from vlaquant.evaluate.machine import machine
 from vlaquant.kernels import KERNELS, Query, explain
 from vlaquant.plan import format_table
 from vlaquant.scheme import Scheme, get_scheme

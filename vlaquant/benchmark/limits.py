@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlaquant.benchmark.timing import CLOCKS, synchronize
+from vlaquant.evaluate.timing import CLOCKS, synchronize
 
 #: Rows, columns and depth of the products; large enough that reading the matrices is a small part.
 _GEMM = 2048
@@ -65,7 +65,7 @@ def measure_limits(
     Args:
         device: ``cpu`` or ``cuda``.
         cache_bytes: of the last-level cache; so that reads miss it, many times as much is read.
-        clock: key of :data:`~vlaquant.benchmark.timing.CLOCKS`.
+        clock: key of :data:`~vlaquant.evaluate.timing.CLOCKS`.
         size: rows, columns and depth of the matrix products.
         repeats: of each operation.
     """

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from vlaquant.benchmark.limits import Limits, best_of, measure_limits
-from vlaquant.benchmark.machine import last_level_cache, machine
 from vlaquant.benchmark.paths import (
     BF16,
     FP32,
@@ -31,8 +30,9 @@ from vlaquant.benchmark.paths import (
     peer_paths,
 )
 from vlaquant.benchmark.peers import Peer, installed_peers
-from vlaquant.benchmark.timing import CLOCKS, interleave, ratio, summary_ms, synchronize, threads
 from vlaquant.errors import EvaluationError, PlanError, RecipeError
+from vlaquant.evaluate.machine import last_level_cache, machine
+from vlaquant.evaluate.timing import CLOCKS, interleave, ratio, summary_ms, synchronize, threads
 from vlaquant.kernels import KERNELS
 from vlaquant.scheme import Granularity, Scheme, get_scheme
 

@@ -19,13 +19,26 @@ _GIB = 2**30
 
 def peak_memory() -> int:
     """Most bytes of memory that this process ever held at once."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not ru_maxrss, which a new process inherits from the one that started it
-        facts = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
-        return int(facts["VmHWM"].split()[0]) * 1024
+    # Not ru_maxrss if it can be helped, which a new process inherits from the one that started it
+    told = _of_linux("VmHWM")
+    if told is not None:
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int | None:
+    """Bytes of memory that this process holds now; None on systems other than Linux."""
+    return _of_linux("VmRSS")
+
+
+def _of_linux(name: str) -> int | None:
+    """A size in bytes that Linux tells of this process."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    facts = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+    return int(facts[name].split()[0]) * 1024
 
 
 class RunLog:

@@ -1,7 +1,7 @@
-"""How far a quantized policy's actions are from the float policy's, on recorded observations."""
+"""Asking policies for actions on recorded observations, and comparing their answers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from vlaquant.errors import EvaluationError
-from vlaquant.evaluate.statistics import percentiles_ms
+from vlaquant.evaluate.action_figures import Predictions, action_figures
+from vlaquant.evaluate.figures import Groups
+from vlaquant.evaluate.results import ActionFigures
 from vlaquant.families import family_of_model
 from vlaquant.families.observation import Observation
 from vlaquant.models.openvla import OpenVLAForActionPrediction, action_statistics, unnormalize
@@ -18,43 +20,19 @@ from vlaquant.models.openvla import OpenVLAForActionPrediction, action_statistic
 _WARM_UP_ACTIONS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class ActionError:
-    """Candidate against reference; actions in the dataset's units, bins in units of one of 255.
+@dataclass(frozen=True, slots=True, eq=False)
+class Answers:
+    """What both policies answered, and what that means.
 
     Attributes:
-        l1: mean absolute difference per action dimension.
-        mse: mean squared difference per action dimension.
-        token_agreement: share of identical action tokens; None for policies without.
-        bin_distance: mean |difference| of bins; None for policies without.
-        gripper_flips: share of actions whose last dimension changes sign.
-        l1_to_demonstration: mean absolute difference of the candidate to the recorded action, all dimensions, as many
-            steps as were recorded.
-        reference_l1_to_demonstration: the same for the reference.
-        observations: how many were compared.
+        figures: of the difference.
+        candidate: answers of the quantized policy.
+        reference: answers of the float one.
     """
 
-    l1: list[float]
-    mse: list[float]
-    token_agreement: float | None
-    bin_distance: float | None
-    gripper_flips: float
-    l1_to_demonstration: float
-    reference_l1_to_demonstration: float
-    observations: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the means over dimensions."""
-        return asdict(self) | {"mean_l1": float(np.mean(self.l1)), "mean_mse": float(np.mean(self.mse))}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Predictions:
-    """What one policy answers: actions [n, chunk, dimension], and bins [n, tokens] of one that chooses tokens."""
-
-    actions: NDArray[np.float64]
-    bins: NDArray[np.int64] | None
-    seconds: list[float]
+    figures: ActionFigures
+    candidate: Predictions
+    reference: Predictions
 
 
 def compare(
@@ -62,13 +40,10 @@ def compare(
     reference: nn.Module,
     observations: Sequence[Observation],
     progress: Callable[[Sequence[Observation]], Sequence[Observation]],
-) -> tuple[ActionError, dict[str, Any]]:
+) -> Answers:
     """Ask both policies about every observation, in turn, so that their latencies share the machine's mood.
 
     Noise that an action starts from depends on the observation alone, so both start from the same.
-
-    Returns:
-        The error, and the latency of one call of each: ``{"candidate": {p50_ms, p99_ms}, "reference": …, "ratio": …}``.
 
     Raises:
         EvaluationError: nothing to compare, or policies with different action spaces.
@@ -87,40 +62,17 @@ def compare(
     for observation in progress(observations):
         for who, policy in policies.items():
             answers[who].append(ask(policy, observation))
-    predictions = {who: _joined(found) for who, found in answers.items()}
-    error = action_error(predictions["candidate"], predictions["reference"], np.stack(demonstrated))
-    latency: dict[str, Any] = {who: percentiles_ms(prediction.seconds) for who, prediction in predictions.items()}
-    latency["ratio"] = latency["reference"]["p50_ms"] / latency["candidate"]["p50_ms"]
-    return error, latency
+    ours, theirs = (_joined(answers[who]) for who in ("candidate", "reference"))
+    return Answers(action_figures(ours, theirs, np.stack(demonstrated), episodes_of(observations)), ours, theirs)
 
 
-def action_error(candidate: Predictions, reference: Predictions, demonstrated: NDArray[np.float64]) -> ActionError:
-    """The figures of :class:`ActionError` from the answers of both policies.
-
-    Raises:
-        EvaluationError: the recorded actions are of another dimension.
-    """
-    difference = candidate.actions - reference.actions  # [n, chunk, dimension]
-    count, chunk, dimension = difference.shape
-    if demonstrated.shape[-1] != dimension:
-        raise EvaluationError(
-            f"the policies give {dimension} numbers an action, the recordings hold {demonstrated.shape[-1]}"
-        )
-    target = demonstrated.reshape(count, -1, dimension)[:, :chunk]
-    steps = target.shape[1]
-    bins = None
-    if candidate.bins is not None and reference.bins is not None:
-        bins = candidate.bins - reference.bins
-    return ActionError(
-        l1=np.abs(difference).mean(axis=(0, 1)).tolist(),
-        mse=np.square(difference).mean(axis=(0, 1)).tolist(),
-        token_agreement=None if bins is None else float((bins == 0).mean()),
-        bin_distance=None if bins is None else float(np.abs(bins).mean()),
-        gripper_flips=float((np.sign(candidate.actions[..., -1]) != np.sign(reference.actions[..., -1])).mean()),
-        l1_to_demonstration=float(np.abs(candidate.actions[:, :steps] - target).mean()),
-        reference_l1_to_demonstration=float(np.abs(reference.actions[:, :steps] - target).mean()),
-        observations=count,
-    )
+def episodes_of(observations: Sequence[Any]) -> Groups:
+    """The episode of each observation; samples that are no observations are an episode each."""
+    names = [
+        (one.task, one.episode) if isinstance(one, Observation) else ("", number)
+        for number, one in enumerate(observations)
+    ]
+    return Groups.of(names)
 
 
 def ask(model: Any, observation: Observation) -> Predictions:
@@ -128,7 +80,8 @@ def ask(model: Any, observation: Observation) -> Predictions:
     if chooses_tokens(model):
         return _ask_for_tokens(model, observation)
     family = family_of_model(model)
-    assert family.act is not None  # _check_same_actions
+    if family.act is None:
+        raise EvaluationError(f"{type(model).__name__} takes no actions")
     started = perf_counter()
     action = family.act(model, family.inputs(model, observation)).double().cpu()
     return Predictions(action.numpy()[None], None, [perf_counter() - started])
@@ -149,11 +102,9 @@ def _ask_for_tokens(model: OpenVLAForActionPrediction, observation: Observation)
 
 def _joined(answers: list[Predictions]) -> Predictions:
     bins = [answer.bins for answer in answers if answer.bins is not None]
-    return Predictions(
-        np.concatenate([answer.actions for answer in answers]),
-        np.concatenate(bins) if bins else None,
-        [seconds for answer in answers for seconds in answer.seconds],
-    )
+    actions: NDArray[np.float64] = np.concatenate([answer.actions for answer in answers])
+    seconds = [seconds for answer in answers for seconds in answer.seconds]
+    return Predictions(actions, np.concatenate(bins) if bins else None, seconds)
 
 
 def chooses_tokens(model: nn.Module) -> bool:

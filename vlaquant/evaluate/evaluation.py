@@ -1,171 +1,193 @@
-"""One evaluation: candidate directory against reference directory, as plain values and as a table."""
+"""One evaluation: candidate directory against reference directory."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from vlaquant.checkpoint import weight_files
-from vlaquant.evaluate.actions import compare
+from vlaquant.errors import EvaluationError
+from vlaquant.evaluate.actions import Answers, ask, compare, episodes_of
+from vlaquant.evaluate.figures import BYTES, Compared, Figure, compared
+from vlaquant.evaluate.hidden import look_inside
 from vlaquant.evaluate.language import compare_text
-from vlaquant.evaluate.metaworld import why_not
-from vlaquant.evaluate.rollouts import default_workers, outcomes_of, plan_jobs, run_jobs, summarize
+from vlaquant.evaluate.latency import Version, by_part, percentiles, policy_rate, time_parts
+from vlaquant.evaluate.machine import cpu_model, versions
+from vlaquant.evaluate.memory import memory
+from vlaquant.evaluate.results import (
+    Inside,
+    LanguageEvaluation,
+    Memory,
+    Percentiles,
+    PolicyEvaluation,
+    PolicyRate,
+    Rollouts,
+    System,
+)
+from vlaquant.evaluate.rollouts import ClosedLoop, roll_out
+from vlaquant.evaluate.sight import image_sensitivity
+from vlaquant.evaluate.videos import spread
 from vlaquant.export import load
+from vlaquant.families import family_of_model
 from vlaquant.families.data import load_observations
 from vlaquant.families.hf_samples import text_samples
-from vlaquant.linear import W4A16Linear, W8A8Linear
-from vlaquant.plan import format_table
+from vlaquant.families.observation import Observation
 
-_MIB = 2**20
+_PACKAGES = ("vlaquant", "torch", "transformers")
+#: Observations on which hidden states are compared, and actions that are timed by part.
+_INSIDE, _PART_ROUNDS = 32, 20
 
 
 def evaluate_policy(
-    model: Path, reference: Path, episodes: Path, *, count: int | None, rollouts: int, unnorm_key: str | None = None
-) -> dict[str, Any]:
-    """Action error on the ``evaluation`` split of recorded episodes, and ``rollouts`` paired episodes a task.
+    model: Path,
+    reference: Path,
+    episodes: Path,
+    *,
+    count: int | None = None,
+    unnorm_key: str | None = None,
+    closed_loop: ClosedLoop | None = None,
+    control_hz: float | None = None,
+) -> PolicyEvaluation:
+    """A quantized policy against its float original, on the ``evaluation`` split of recorded episodes.
+
+    Args:
+        model: the quantized directory.
+        reference: the float one.
+        episodes: recorded episodes.
+        count: observations, evenly spread; None for all.
+        unnorm_key: dataset whose action statistics apply, if the policy knows several.
+        closed_loop: simulated episodes; None for none.
+        control_hz: actions that the robot executes a second, if known.
 
     Raises:
         EvaluationError: not two policies of one class, or nothing to compare.
     """
+    obstacle = None if closed_loop is None else _obstacle(closed_loop)
     candidate, original = load(model), load(reference)
     observations = load_observations(episodes, "evaluation", count, unnorm_key)
-    error, latency = compare(candidate, original, observations, _progress("comparing actions"))
-    result = {
-        "kind": "policy",
-        "model": model.name,
-        "reference": reference.name,
-        "bytes": _bytes(model, reference, candidate, original),
-        "latency": latency,
-        "threads": torch.get_num_threads(),
-        "actions": error.to_dict(),
-        "rollouts": None,
-    }
-    if rollouts > 0:
-        obstacle = (
-            why_not() if hasattr(candidate, "predict_action") else "the simulated tasks drive OpenVLA policies only"
-        )
-        result["rollouts"] = {"skipped": obstacle} if obstacle else _rollouts(model, reference, rollouts)
-    return result
+    answers = compare(candidate, original, observations, _progress("comparing actions"))
+    inside, notes = _inside(candidate, original, observations)
+    result = PolicyEvaluation(
+        model=model.name,
+        reference=reference.name,
+        actions=answers.figures,
+        inside=inside,
+        system=_system_of_policies(model, reference, candidate, original, observations, answers, control_hz),
+        skipped=obstacle,
+        notes=notes,
+    )
+    if closed_loop is None or obstacle is not None:
+        return result
+    return replace(result, rollouts=_rollouts(model, reference, closed_loop))
 
 
-def evaluate_language(model: Path, reference: Path, text: Path, *, count: int, length: int) -> dict[str, Any]:
-    """Perplexity and divergence on ``count`` windows of ``length`` tokens of a text file."""
+def _obstacle(loop: ClosedLoop) -> str | None:
+    """Why the simulator cannot run; asked before anything takes long, as are tasks and options that make no sense."""
+    obstacle = loop.simulator.why_not()
+    if obstacle is None and loop.max_steps is None:
+        _ = loop.simulator.tasks, loop.simulator.max_steps
+    return obstacle
+
+
+def _inside(
+    candidate: nn.Module, original: nn.Module, observations: Sequence[Observation]
+) -> tuple[Inside, tuple[str, ...]]:
+    """Between the parts, and what could not be measured there."""
+    some = [observations[place] for place in spread(len(observations), _INSIDE)]
+    bar = _progress("comparing hidden states")
+    sqnr, velocity = look_inside(candidate, original, some, episodes_of(some), bar)
+    try:
+        sight = image_sensitivity(candidate, original, observations, _progress("turning images black"))
+    except EvaluationError as error:
+        return Inside(sqnr, velocity, None), (f"image sensitivity was not measured: {error}",)
+    return Inside(sqnr, velocity, sight), ()
+
+
+def _system_of_policies(
+    model: Path,
+    reference: Path,
+    candidate: nn.Module,
+    original: nn.Module,
+    observations: Sequence[Observation],
+    answers: Answers,
+    control_hz: float | None,
+) -> System:
+    policies = {"reference": original, "candidate": candidate}
+
+    def act(policy: nn.Module) -> Callable[[int], Any]:
+        return lambda number: ask(policy, observations[number % len(observations)])
+
+    acting = {who: Version(policy, act(policy)) for who, policy in policies.items()}
+    with torch.inference_mode():
+        clocks = time_parts(acting, min(_PART_ROUNDS, len(observations)))
+        inputs = family_of_model(original).inputs(original, observations[0])
+    whole = percentiles(answers.reference.seconds, answers.candidate.seconds)
+    return _system(
+        model,
+        reference,
+        whole,
+        by_part(clocks["reference"], clocks["candidate"]),
+        policy_rate(answers.figures.chunk, whole, control_hz),
+        memory(reference, model, family_of_model(original), inputs),
+    )
+
+
+def _system(
+    model: Path,
+    reference: Path,
+    latency: Percentiles,
+    parts: dict[str, Percentiles],
+    rate: PolicyRate | None,
+    held: Memory,
+) -> System:
+    return System(
+        disk=disk(reference, model),
+        memory=held,
+        latency=latency,
+        parts=parts,
+        rate=rate,
+        threads=torch.get_num_threads(),
+        cpu=cpu_model(),
+        versions=versions(_PACKAGES),
+    )
+
+
+def disk(reference: Path, candidate: Path) -> Compared:
+    """Bytes of the weight files of both directories."""
+    sizes = [[path.stat().st_size for path in weight_files(one)] for one in (reference, candidate)]
+    before, after = (Figure(float(sum(files)), BYTES, len(files), "files") for files in sizes)
+    return compared(before, after)
+
+
+def evaluate_language(model: Path, reference: Path, text: Path, *, count: int, length: int) -> LanguageEvaluation:
+    """Perplexity and divergence on ``count`` windows of ``length`` tokens of a text file.
+
+    Raises:
+        EvaluationError: no text.
+    """
     candidate, original = load(model), load(reference)
     windows = text_samples(reference, text, count, length)
-    error, latency = compare_text(candidate, original, windows, _progress("comparing text"))
-    return {
-        "kind": "language",
-        "model": model.name,
-        "reference": reference.name,
-        "bytes": _bytes(model, reference, candidate, original),
-        "latency": latency,
-        "threads": torch.get_num_threads(),
-        "language": error.to_dict(),
-    }
+    figures, seconds = compare_text(candidate, original, windows, _progress("comparing text"))
+    family = family_of_model(original)
+    whole = percentiles(seconds["reference"], seconds["candidate"], of="windows")
+    held = memory(reference, model, family, family.inputs(original, windows[0]))
+    return LanguageEvaluation(
+        model=model.name,
+        reference=reference.name,
+        language=figures,
+        system=_system(model, reference, whole, {}, None, held),
+    )
 
 
 def _progress(label: str) -> Callable[[Sequence[Any]], Sequence[Any]]:
     return lambda items: tqdm(items, desc=label, disable=None, leave=False)  # type: ignore[return-value]
 
 
-def _rollouts(model: Path, reference: Path, episodes: int) -> dict[str, Any]:
-    jobs = plan_jobs([model, reference], episodes)
-    total = sum(len(job.seeds) for job in jobs)
+def _rollouts(model: Path, reference: Path, loop: ClosedLoop) -> Rollouts:
+    total = 2 * loop.episodes * len(loop.simulator.tasks)
     with tqdm(total=total, desc="closed-loop episodes", disable=None, leave=False) as bar:
-        outcomes = run_jobs(jobs, workers=default_workers(), advance=bar.update)
-    return summarize(outcomes_of(model, outcomes), outcomes_of(reference, outcomes))
-
-
-def resident_bytes(model: nn.Module) -> int:
-    """Memory that a model's tensors hold now, with the layouts that kernels made at the first run."""
-    packed = [module for module in model.modules() if isinstance(module, W4A16Linear | W8A8Linear)]
-    mine = {id(tensor) for layer in packed for tensor in (*layer.parameters(), *layer.buffers())}
-    tensors: dict[int, Tensor] = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if id(t) not in mine}
-    return sum(t.numel() * t.element_size() for t in tensors.values()) + sum(layer.resident_bytes for layer in packed)
-
-
-def _bytes(model: Path, reference: Path, candidate: nn.Module, original: nn.Module) -> dict[str, int]:
-    return {
-        "disk": sum(path.stat().st_size for path in weight_files(model)),
-        "reference_disk": sum(path.stat().st_size for path in weight_files(reference)),
-        "resident": resident_bytes(candidate),
-        "reference_resident": resident_bytes(original),
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as the table that ``vlaquant eval`` prints."""
-    rows = [("", "reference", "quantized", "")]
-    size, latency = result["bytes"], result["latency"]
-    for label, key in (("bytes on disk", "disk"), ("bytes in memory", "resident")):
-        before, after = size[f"reference_{key}"], size[key]
-        note = _times(before, after, "smaller", "larger")
-        rows.append((label, f"{before / _MIB:.2f} MiB", f"{after / _MIB:.2f} MiB", note))
-    for label, key in (("latency, median", "p50_ms"), ("latency, 99 %", "p99_ms")):
-        before, after = latency["reference"][key], latency["candidate"][key]
-        rows.append((label, f"{before:.1f} ms", f"{after:.1f} ms", _times(before, after, "faster", "slower")))
-    rows += _action_rows(result["actions"]) if result["kind"] == "policy" else _language_rows(result["language"])
-    if result.get("rollouts"):
-        rows += _rollout_rows(result["rollouts"])
-    return format_table(rows)
-
-
-def _times(before: float, after: float, less: str, more: str) -> str:
-    return f"{before / after:.2f}x {less}" if after <= before else f"{after / before:.2f}x {more}"
-
-
-def _action_rows(error: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    per_dimension = " ".join(f"{value:.4f}" for value in error["l1"])
-    squared = " ".join(f"{value:.5f}" for value in error["mse"])
-    tokens = []
-    if error["bin_distance"] is not None:
-        tokens = [
-            ("equal action tokens", "100.0%", f"{error['token_agreement']:.1%}", ""),
-            ("mean bin distance", "0", f"{error['bin_distance']:.3f}", "of 255 bins"),
-        ]
-    return [
-        ("observations", f"{error['observations']}", f"{error['observations']}", ""),
-        ("action L1", "0", f"{error['mean_l1']:.4f}", f"per dimension: {per_dimension}"),
-        ("action MSE", "0", f"{error['mean_mse']:.5f}", f"per dimension: {squared}"),
-        *tokens,
-        ("gripper flips", "0.0%", f"{error['gripper_flips']:.1%}", ""),
-        (
-            "L1 to demonstrations",
-            f"{error['reference_l1_to_demonstration']:.4f}",
-            f"{error['l1_to_demonstration']:.4f}",
-            "",
-        ),
-    ]
-
-
-def _language_rows(error: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    before, after = error["reference_perplexity"], error["perplexity"]
-    return [
-        ("perplexity", f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}, {error['tokens']} tokens"),
-        ("divergence", "0", f"{error['divergence']:.5f}", "nats a token"),
-        ("same top token", "100.0%", f"{error['top1_agreement']:.1%}", ""),
-    ]
-
-
-def _rollout_rows(rollouts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    if "skipped" in rollouts:
-        return [("success", "not measured", "not measured", rollouts["skipped"])]
-    rows = []
-    for task, before in rollouts["reference"].items():
-        after = rollouts["candidate"][task]
-        note = f"{before['episodes']} paired episodes"
-        rows.append((f"success, {task}", _interval(before), _interval(after), note))
-    paired = rollouts["paired"]
-    note = f"lost {paired['only_reference']}, won {paired['only_candidate']}, McNemar p = {paired['p_value']:.2f}"
-    interval = f"[{paired['low']:+.1%}, {paired['high']:+.1%}]"
-    rows.append(("difference", "", f"{paired['difference']:+.1%} {interval}", note))
-    return rows
-
-
-def _interval(rate: dict[str, Any]) -> str:
-    values = np.array([rate["rate"], rate["low"], rate["high"]]) * 100
-    return f"{values[0]:.1f}% [{values[1]:.0f}, {values[2]:.0f}]"
+        return roll_out(model, reference, loop, bar.update)

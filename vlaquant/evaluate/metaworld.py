@@ -6,14 +6,16 @@ Rendering runs without a GPU and without a screen through EGL. Needs the extra `
 
 import ctypes.util
 import os
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
 
 from vlaquant.errors import EvaluationError
+from vlaquant.evaluate.environment import Image, Step, fitting
+from vlaquant.families.observation import Observation
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
@@ -32,16 +34,12 @@ INSTRUCTIONS = {
 _CAMERA = "corner2"
 _CAMERA_POSITION = (0.75, 0.075, 0.7)
 
-Image = NDArray[np.uint8]
+#: Steps after which an episode counts as failed; the scripted experts need 33 to 90 on average.
+MAX_STEPS = 200
+#: Numbers of an action: velocity in x, y and z, and the gripper. As many of the state are the robot's own.
+_DIMENSION = 4
+
 Action = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What the simulator answers: whether the task is solved, and the low-dimensional state [39] for the expert."""
-
-    state: NDArray[np.float64]
-    success: bool
 
 
 def why_not() -> str | None:
@@ -58,7 +56,8 @@ def why_not() -> str | None:
 class MetaWorldTask:
     """One task with a seeded stream of initial states; ``reset(seed)`` gives the same episode everywhere.
 
-    Frames are uint8 [size, size, 3]. Actions are float [4] in [-1, 1]: xyz velocity and gripper.
+    Frames are uint8 [size, size, 3]. Actions are float [4] in [-1, 1]: xyz velocity and gripper. The state of a
+    :class:`~vlaquant.evaluate.environment.Step` is the whole one [39], for the expert.
     """
 
     def __init__(self, task: str, image_size: int) -> None:
@@ -78,6 +77,7 @@ class MetaWorldTask:
         self._env: Any = make_env(seed=0)
         self._place_camera()
         self._renderer: Any = None
+        self._state: NDArray[np.float64] = np.zeros(0)
 
     def reset(self, seed: int) -> Step:
         """Start the episode that belongs to ``seed``."""
@@ -85,12 +85,20 @@ class MetaWorldTask:
         self._env.seeded_rand_vec = True
         self._env.seed(seed)
         state, _ = self._env.reset(seed=seed)
-        return Step(state=np.asarray(state), success=False)
+        self._state = np.asarray(state, dtype=np.float64)
+        return Step(success=False, state=self._state)
 
     def step(self, action: NDArray[Any]) -> Step:
         """Apply one action [4]; values outside [-1, 1] are clipped as the simulator would."""
-        state, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0).astype(np.float32))
-        return Step(state=np.asarray(state), success=bool(info["success"]))
+        given = fitting(action, _DIMENSION, f"MetaWorld's {self.task}")
+        state, _, _, _, info = self._env.step(np.clip(given, -1.0, 1.0))
+        self._state, success = np.asarray(state, dtype=np.float64), bool(info["success"])
+        return Step(success=success, done=success, state=self._state)
+
+    def observe(self) -> Observation:
+        """The camera frame, the instruction, and of the state the hand's position and the gripper [4]."""
+        image = PIL.Image.fromarray(self.render())
+        return Observation((image,), self.instruction, self._state[:_DIMENSION], task=self.task)
 
     def expert_action(self, state: NDArray[np.float64]) -> Action:
         """The scripted expert's action [4] in [-1, 1] for the state [39]."""

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import nn
 
 from vlaquant.errors import EvaluationError
-from vlaquant.evaluate.actions import Predictions, ask, chooses_tokens
+from vlaquant.evaluate.actions import ask, chooses_tokens, episodes_of
+from vlaquant.evaluate.figures import ACTION, OBSERVATIONS, Compared, compared_means
 from vlaquant.families import Observation, family_of_model
 
 #: Images have at least this many dimensions: batch, colours, height, width. Noise has fewer.
@@ -22,23 +23,23 @@ def image_sensitivity(
     reference: nn.Module,
     observations: Sequence[Observation],
     progress: Callable[[Sequence[Any]], Sequence[Any]],
-) -> dict[str, float]:
-    """Mean |change of a number of the action| under black images, of both policies, and the ratio.
+) -> Compared:
+    """Mean |a(images) − a(black images)| of both policies, and the ratio.
 
     The noise that an action starts from stays that of the real images. A policy gone blind has the ratio 0.
 
     Raises:
         EvaluationError: the reference does not look itself, or the observations hold no images.
     """
-    changes: dict[str, list[float]] = {"candidate": [], "reference": []}
+    changes: dict[str, list[float]] = {"reference": [], "candidate": []}
     for observation in progress(observations):
-        for who, policy in (("candidate", candidate), ("reference", reference)):
-            seen, black = ask(policy, observation), _ask_in_the_dark(policy, observation)
-            changes[who].append(float(np.abs(seen.actions - black).mean()))
-    mean = {who: float(np.mean(values)) for who, values in changes.items()}
-    if not mean["reference"] > 0:
+        for who, policy in (("reference", reference), ("candidate", candidate)):
+            seen, black = ask(policy, observation).actions, _ask_in_the_dark(policy, observation)
+            changes[who].append(float(np.abs(seen - black).mean()))
+    before, after = (np.asarray(changes[who]) for who in ("reference", "candidate"))
+    if not before.mean() > 0:
         raise EvaluationError("the float policy acts the same whatever it sees, so it is no measure of sight")
-    return mean | {"ratio": mean["candidate"] / mean["reference"]}
+    return compared_means(before, after, episodes_of(observations), ACTION, OBSERVATIONS)
 
 
 def _ask_in_the_dark(policy: Any, observation: Observation) -> NDArray[np.float64]:
@@ -47,8 +48,7 @@ def _ask_in_the_dark(policy: Any, observation: Observation) -> NDArray[np.float6
     images = tuple(None if image is None else Image.new(image.mode, image.size) for image in observation.images)
     dark = replace(observation, images=images)
     if chooses_tokens(policy):
-        answer: Predictions = ask(policy, dark)
-        return answer.actions
+        return ask(policy, dark).actions
     family = family_of_model(policy)
     assert family.act is not None  # ask() has seen to it
     inputs, blackened = family.inputs(policy, observation), family.inputs(policy, dark)

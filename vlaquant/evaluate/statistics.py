@@ -1,69 +1,101 @@
-"""Confidence intervals for success rates."""
+"""Intervals at 95 %: of rates, of paired rates, of quantiles, and of anything that is computed from episodes."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float64]
+#: Low and high end; None where the data cannot say.
+Interval = tuple[float, float]
 
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """A success rate with its Wilson interval at 95 % (Wilson 1927)."""
-
-    successes: int
-    episodes: int
-    low: float
-    high: float
-
-    @property
-    def rate(self) -> float:
-        """Share of the episodes that succeeded."""
-        return self.successes / self.episodes
-
-    def __str__(self) -> str:
-        return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}]"
+_LEVEL = 0.95
+_Z = 1.959963984540054
+_TAILS = ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2)
+#: Resamples of a bootstrap, and the seed that they are drawn from.
+_DRAWS, _SEED = 2000, 0
 
 
-def success_rate(successes: NDArray[np.bool_]) -> Rate:
-    """Rate of True in [n]; n must be positive."""
-    from scipy.stats import binomtest
+def wilson(successes: int, trials: int) -> Interval:
+    """Interval of a rate, with ``trials`` ≥ 1 (Wilson 1927)."""
+    rate = successes / trials
+    middle = (rate + _Z**2 / (2 * trials)) / (1 + _Z**2 / trials)
+    spread = np.sqrt(rate * (1 - rate) / trials + _Z**2 / (4 * trials**2))
+    half = float(spread) * _Z / (1 + _Z**2 / trials)
+    # At 0 and at n the ends are exactly 0 and 1, whatever rounding says
+    return (0.0 if successes == 0 else middle - half, 1.0 if successes == trials else middle + half)
 
-    count = int(successes.sum())
-    interval = binomtest(count, len(successes)).proportion_ci(confidence_level=0.95, method="wilson")
-    return Rate(count, len(successes), float(interval.low), float(interval.high))
 
+def mcnemar(lost: int, won: int) -> float:
+    """Exact p-value of McNemar's test (1947): of pairs that differ, each side is as likely as the other.
 
-@dataclass(frozen=True, slots=True)
-class PairedDifference:
-    """Two policies on the same episodes: who succeeded where the other failed, and McNemar's exact p-value.
-
-    ``difference`` is candidate minus reference, with its 95 % interval (Wald, paired).
+    Args:
+        lost: pairs in which only the first succeeded.
+        won: pairs in which only the second did.
     """
-
-    only_reference: int
-    only_candidate: int
-    p_value: float
-    difference: float
-    low: float
-    high: float
-
-
-def paired_difference(reference: NDArray[np.bool_], candidate: NDArray[np.bool_]) -> PairedDifference:
-    """McNemar's exact test on paired outcomes [n] (McNemar 1947): a binomial test of the discordant pairs."""
     from scipy.stats import binomtest
 
-    lost = int((reference & ~candidate).sum())
-    gained = int((~reference & candidate).sum())
-    discordant = lost + gained
-    p_value = float(binomtest(lost, discordant).pvalue) if discordant else 1.0
-    n = len(reference)
-    difference = (gained - lost) / n
-    half = 1.96 * float(np.sqrt(max(discordant - (gained - lost) ** 2 / n, 0.0))) / n
-    return PairedDifference(lost, gained, p_value, difference, difference - half, difference + half)
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
-def percentiles_ms(seconds: list[float]) -> dict[str, Any]:
-    """Median and 99th percentile in milliseconds."""
-    values = np.asarray(seconds) * 1e3
-    return {"p50_ms": float(np.percentile(values, 50)), "p99_ms": float(np.percentile(values, 99))}
+def paired_rates(lost: int, won: int, pairs: int) -> Interval:
+    """Interval of the difference (won − lost) / pairs of two rates that were measured in the same trials.
+
+    The Wald interval with one more pair of each kind that differs. Without these, no differing pair at all would give
+    an interval of width zero, however few pairs there are.
+
+    Source: Bonett and Price 2012, Journal of Educational and Behavioral Statistics 37(4).
+    """
+    first, second = (lost + 1) / (pairs + 2), (won + 1) / (pairs + 2)
+    difference = second - first
+    half = _Z * float(np.sqrt((first + second - difference**2) / (pairs + 2)))
+    return max(difference - half, -1.0), min(difference + half, 1.0)
+
+
+def bootstrap(sums: Floats, figure: Callable[[Floats], Floats]) -> Interval | None:
+    """Percentile interval of a figure, from episodes that are drawn with replacement (Efron 1979).
+
+    Observations of one episode resemble each other, so whole episodes are drawn, not observations.
+
+    Args:
+        sums: what the figure is computed from, summed over each episode [episodes, k].
+        figure: sums over all that was drawn [draws, k] -> the figure [draws].
+
+    Returns:
+        None for fewer than two episodes.
+    """
+    episodes = len(sums)
+    if episodes < 2:
+        return None
+    times = np.random.default_rng(_SEED).multinomial(episodes, np.full(episodes, 1 / episodes), size=_DRAWS)
+    values = np.sort(figure(times.astype(np.float64) @ sums))
+    # By index and not by interpolation: values may be infinite
+    low, high = (values[min(int(tail * _DRAWS), _DRAWS - 1)] for tail in _TAILS)
+    return float(low), float(high)
+
+
+def quantile_interval(values: Sequence[float] | Floats, share: float) -> tuple[float | None, float | None]:
+    """Interval of a quantile that assumes no distribution, by counting (Conover 1999, section 3.2).
+
+    Args:
+        values: independent measurements, ≥ 1.
+        share: such as 0.99.
+
+    Returns:
+        Low and high end; None for an end that so few values cannot bound.
+    """
+    from scipy.stats import binom
+
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    below, above = (int(binom.ppf(tail, len(ordered), share)) for tail in _TAILS)
+    low = float(ordered[below - 1]) if below >= 1 else None
+    return low, float(ordered[above]) if above < len(ordered) else None
+
+
+def divided(above: Any, below: Any) -> Floats:
+    """Quotients, with 0 / 0 = 1 (both are the same) and x / 0 = ∞."""
+    above, below = np.broadcast_arrays(np.asarray(above, np.float64), np.asarray(below, np.float64))
+    out = np.where(above == 0, 1.0, np.where(np.isnan(above), np.nan, np.inf))
+    np.divide(above, below, out=out, where=below != 0)
+    return out

@@ -117,6 +117,8 @@ class Family:
         converted: source directory -> what of it becomes something else in an output.
         stream: the residual stream, where it can be rotated; None if it cannot, or nobody has described it.
         loss: (model, sample) -> what training on a demonstration lowers, a scalar with gradients. None: not known here.
+        velocity: regular expression for the module whose output [1, ≥ chunk, ≥ action dimension] is, in each denoising
+            step, the velocity of the action. None: the policy does not denoise.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Family:
     converted: Callable[[Path], Converted] = nothing_converted
     stream: Stream | None = None
     loss: Callable[[Any, Any], Tensor] | None = None
+    velocity: str | None = None
 
     def why_float(self, module_name: str) -> str | None:
         """Why a Linear stays as it is unless a rule names it; None if nothing speaks for that."""

@@ -236,4 +236,5 @@ GROOT = Family(
     token_masks=_token_masks,
     token_types=_token_types,
     decide=_decide,
+    velocity=r"action_head\.action_decoder",
 )

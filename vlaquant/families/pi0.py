@@ -278,4 +278,5 @@ PI0 = Family(
     token_types=_token_types,
     loss=_loss,
     live_names=live_names,
+    velocity=r"action_out_proj",
 )

@@ -13,7 +13,8 @@ from vlaquant.errors import RecipeError
 from vlaquant.evaluate.actions import compare
 from vlaquant.evaluate.language import compare_text
 from vlaquant.evaluate.metaworld import why_not
-from vlaquant.evaluate.rollouts import default_workers, outcomes_of, plan_jobs, run_jobs, summarize
+from vlaquant.evaluate.results import plain
+from vlaquant.evaluate.rollouts import ClosedLoop, default_workers, roll_out
 from vlaquant.evaluate.sight import image_sensitivity
 from vlaquant.export import load
 from vlaquant.families import Family, family_of_config
@@ -44,8 +45,6 @@ def require_measurable(require: Require, recipe: Recipe, source: Path) -> None:
     if require.bin_distance is not None and decoding == "regression":
         raise RecipeError("require: bin_distance is about action tokens, and this policy has none; use action_l1")
     obstacle = why_not() if require.success_drop is not None else None
-    if require.success_drop is not None and family.name != "openvla":
-        obstacle = "the simulated tasks drive OpenVLA policies only"
     if obstacle is not None:
         raise RecipeError(f"require: success_drop cannot be measured here: {obstacle}")
     held_out(require, recipe, source, family)
@@ -98,20 +97,20 @@ def measure(candidate: Path, reference: Path, recipe: Recipe, require: Require, 
     if family.act is None:
         texts = [sample for sample in samples if isinstance(sample, Tensor)]
         words, _ = compare_text(quantized, original, texts, bar("comparing text"))
-        figures |= {"perplexity_ratio": words.perplexity / words.reference_perplexity, "language": words.to_dict()}
+        figures |= {"perplexity_ratio": words.perplexity.ratio.value, "language": plain(words)}
         return figures
-    error, _ = compare(quantized, original, samples, bar("comparing actions"))
-    actions = error.to_dict()
-    figures |= {name: actions[name] for name in ("bin_distance", "gripper_flips") if actions[name] is not None}
-    figures |= {"action_l1": actions["mean_l1"], "actions": actions}
+    actions = compare(quantized, original, samples, bar("comparing actions")).figures
+    figures |= {"action_l1": actions.whole_chunk.l1.value, "gripper_flips": actions.gripper_flips.value}
+    if actions.bin_distance is not None:
+        figures["bin_distance"] = actions.bin_distance.value
+    figures["actions"] = plain(actions)
     if require.image_sensitivity is not None:
         sight = image_sensitivity(quantized, original, samples, bar("turning images black"))
-        figures |= {"image_sensitivity": sight["ratio"], "sight": sight}
+        figures |= {"image_sensitivity": sight.ratio.value, "sight": plain(sight)}
     if require.success_drop is not None:
-        jobs = plan_jobs([candidate, reference], require.rollouts)
-        outcomes = run_jobs(jobs, workers=default_workers(), advance=lambda _: None)
-        driven = summarize(outcomes_of(candidate, outcomes), outcomes_of(reference, outcomes))
-        figures |= {"success_drop": -driven["paired"]["difference"], "rollouts": driven}
+        loop = ClosedLoop(require.rollouts, workers=default_workers())
+        driven = roll_out(candidate, reference, loop, lambda _: None)
+        figures |= {"success_drop": -driven.success.difference.value, "rollouts": plain(driven)}
     return figures
 
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from vlaquant.evaluate.results import ActionFigures
 from vlaquant.report.chart import Chart, Table, wide
 from vlaquant.report.colours import FLOAT, QUANTIZED, paint, part_colours
-from vlaquant.report.evaluated import Benchmark, Evaluation, Rate, Success, Task, Version
+from vlaquant.report.evaluated import Benchmark, Rate, Success, Task, Version
 from vlaquant.report.measured import Trace
 from vlaquant.report.svg import (
     Scale,
@@ -29,20 +30,17 @@ from vlaquant.report.svg import (
 _ROW = 30
 
 
-def action_errors(evaluation: Evaluation) -> Chart:
+def action_errors(actions: ActionFigures) -> Chart:
     """Mean absolute difference of actions, by dimension."""
-    l1 = evaluation.l1
-    worst = max(range(len(l1)), key=lambda i: l1[i]) if l1 else 0
-    if l1:
-        summary = (
-            f"Dimension {worst} differs most, by {number(l1[worst])} on average over {evaluation.observations} "
-            "recorded observations (in the robot's units)."
-        )
-    else:
-        summary = "No action was compared."
+    l1 = [figure.value for figure in actions.whole_chunk.l1_by_dimension]
+    worst = max(range(len(l1)), key=lambda i: l1[i])
+    summary = (
+        f"Dimension {worst} differs most, by {number(l1[worst])} on average over {actions.observations} recorded "
+        "observations (in the robot's units)."
+    )
     rows = tuple(
-        (f"dimension {i}", number(value), number(evaluation.mse[i]) if i < len(evaluation.mse) else "–")
-        for i, value in enumerate(l1)
+        (f"dimension {i}", number(value), number(figure.value))
+        for i, (value, figure) in enumerate(zip(l1, actions.whole_chunk.mse_by_dimension, strict=True))
     )
     return Chart(
         "Error of each dimension of the action",
@@ -161,18 +159,15 @@ def _curve(values: Sequence[float], x: Scale, y: Scale, colour: str, dashes: str
 
 def success_rates(success: Success) -> Chart:
     """Success of both policies in every task, with 95 % intervals."""
-    tasks = [*success.tasks, *([success.overall] if success.overall is not None else [])]
-    if success.overall is None:
-        summary = f"No simulated episodes: {success.skipped or 'none were measured'}."
-    else:
-        summary = f"Success {success.overall.before} before, {success.overall.after} after."
-    if success.paired is not None:
-        test = success.paired
-        summary += (
-            f" In the same episodes, {test.only_float} were solved by the float policy alone and {test.only_quantized} "
-            f"by the quantized one alone: a difference of {signed(100 * test.difference)} points "
-            f"[{signed(100 * test.low)}, {signed(100 * test.high)}], McNemar p = {test.p_value:.2f}."
-        )
+    several = len(success.tasks) > 1
+    tasks = [*success.tasks, success.overall] if several else [*success.tasks]
+    test = success.paired
+    summary = (
+        f"Success {success.overall.before} before, {success.overall.after} after. In the same episodes, "
+        f"{test.only_float} were solved by the float policy alone and {test.only_quantized} by the quantized one "
+        f"alone: a difference of {signed(100 * test.difference)} points [{signed(100 * test.low)}, "
+        f"{signed(100 * test.high)}], McNemar p = {test.p_value:.2f}."
+    )
     rows = tuple((task.name, str(task.before), str(task.after), _points(task)) for task in tasks)
     return Chart(
         "Closed-loop success",

@@ -175,11 +175,15 @@ def read_report(
     return make_report(
         output.name,
         read_manifest(output),
-        evaluation=None if evaluation is None else read_evaluation(load_json(Path(evaluation))),
+        evaluation=None if evaluation is None else _evaluation(Path(evaluation)),
         benchmark=None if benchmark is None else read_benchmark(load_json(Path(benchmark))),
         measured=measured,
         log=_lines(output.with_name(f"{output.name}.log.jsonl")),
     )
+
+
+def _evaluation(path: Path) -> Evaluation:
+    return read_evaluation(load_json(path), str(path), path.parent)
 
 
 def make_report(

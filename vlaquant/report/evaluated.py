@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from vlaquant.report.reading import figure, figures, look, mapping, words
+from vlaquant.evaluate.figures import Compared, Figure
+from vlaquant.evaluate.results import LanguageEvaluation, PolicyEvaluation, Rollouts, from_dict
+from vlaquant.report.films import Film, find_films
+from vlaquant.report.reading import figure, mapping, words
 
 #: The name under which a rollout result sums up its tasks.
 ALL_TASKS = "all"
@@ -64,121 +68,115 @@ class Success:
 
     Attributes:
         tasks: in the order in which they were measured, without the sum.
-        overall: their sum; None if the episodes were skipped.
-        paired: the paired test; None if it was not made.
-        skipped: why there are no episodes.
+        overall: their sum.
+        paired: the paired test.
     """
 
     tasks: tuple[Task, ...]
-    overall: Task | None
-    paired: Paired | None
-    skipped: str | None
+    overall: Task
+    paired: Paired
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What ``vlaquant eval`` found; everything but ``kind`` may be missing.
+    """What ``vlaquant eval`` found, as far as a page draws it.
 
     Attributes:
-        kind: ``policy`` or ``language``.
-        observations: recorded observations, or tokens of text.
-        l1: mean absolute difference of actions, by dimension, in the robot's units.
-        mse: mean squared difference, by dimension.
-        mean_l1: mean of ``l1``.
-        token_agreement: share of equal action tokens, or of equal most likely words.
-        bin_distance: mean distance of action tokens, in bins.
-        gripper_flips: share of actions whose last number changes sign.
-        l1_to_demonstration: mean distance of both to what the demonstrator did.
-        perplexity: of a language model.
-        divergence: of its words, nats a token.
-        latency: median milliseconds of one action, or of one window of text.
-        slowest: the 99th percentile.
-        resident: bytes of tensors in memory.
-        threads: of the latency.
-        success: closed-loop episodes.
+        result: all of it.
+        success: closed-loop episodes; None if there are none.
+        films: of episodes that ended differently, as far as their videos were found.
     """
 
-    kind: str
-    observations: int | None
-    l1: tuple[float, ...]
-    mse: tuple[float, ...]
-    mean_l1: float | None
-    token_agreement: float | None
-    bin_distance: float | None
-    gripper_flips: float | None
-    l1_to_demonstration: Pair | None
-    perplexity: Pair | None
-    divergence: float | None
-    latency: Pair | None
-    slowest: Pair | None
-    resident: Pair | None
-    threads: int | None
+    result: PolicyEvaluation | LanguageEvaluation
     success: Success | None
+    films: tuple[Film, ...]
+
+    @property
+    def policy(self) -> PolicyEvaluation | None:
+        """The result, if it is of policies."""
+        return self.result if isinstance(self.result, PolicyEvaluation) else None
+
+    @property
+    def skipped(self) -> str | None:
+        """Why there are no closed-loop episodes, if they were asked for."""
+        return None if self.policy is None else self.policy.skipped
+
+    @property
+    def mean_l1(self) -> float | None:
+        """Mean absolute difference of actions."""
+        return None if self.policy is None else self.policy.actions.whole_chunk.l1.value
+
+    @property
+    def bin_distance(self) -> float | None:
+        """Mean distance of action tokens, in bins."""
+        found = None if self.policy is None else self.policy.actions.bin_distance
+        return None if found is None else found.value
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of equal action tokens, or of equal most likely words."""
+        if isinstance(self.result, LanguageEvaluation):
+            return self.result.language.top1_agreement.value
+        found = self.result.actions.token_agreement
+        return None if found is None else found.value
+
+    @property
+    def perplexity(self) -> Pair | None:
+        """Of language models."""
+        return pair_of(self.result.language.perplexity) if isinstance(self.result, LanguageEvaluation) else None
+
+    @property
+    def divergence(self) -> float | None:
+        """Of language models, nats a token."""
+        return self.result.language.divergence.value if isinstance(self.result, LanguageEvaluation) else None
+
+    @property
+    def latency(self) -> Pair:
+        """Median milliseconds of one action, or of one window of text."""
+        return pair_of(self.result.system.latency.p50)
 
 
-def pair(before: float | None, after: float | None) -> Pair | None:
-    """Both figures, or nothing."""
-    return None if before is None or after is None else Pair(before, after)
+def pair_of(of: Compared) -> Pair:
+    """Both values."""
+    return Pair(of.reference.value, of.candidate.value)
 
 
-def read_evaluation(data: Mapping[str, Any]) -> Evaluation:
-    """The result of ``vlaquant eval --json``."""
-    kind = words(data, "kind") or ("language" if "language" in data else "policy")
-    found = mapping(data, "actions" if kind == "policy" else "language")
-    latency, l1 = mapping(data, "latency"), figures(found, "l1")
-    mean_l1 = figure(found, "mean_l1")
-    agreement = figure(found, "token_agreement")
-    return Evaluation(
-        kind=kind,
-        observations=_count(figure(found, "observations" if kind == "policy" else "tokens")),
-        l1=l1,
-        mse=figures(found, "mse"),
-        mean_l1=sum(l1) / len(l1) if mean_l1 is None and l1 else mean_l1,
-        token_agreement=figure(found, "top1_agreement") if agreement is None else agreement,
-        bin_distance=figure(found, "bin_distance"),
-        gripper_flips=figure(found, "gripper_flips"),
-        l1_to_demonstration=pair(figure(found, "reference_l1_to_demonstration"), figure(found, "l1_to_demonstration")),
-        perplexity=pair(figure(found, "reference_perplexity"), figure(found, "perplexity")),
-        divergence=figure(found, "divergence"),
-        latency=pair(figure(latency, "reference", "p50_ms"), figure(latency, "candidate", "p50_ms")),
-        slowest=pair(figure(latency, "reference", "p99_ms"), figure(latency, "candidate", "p99_ms")),
-        resident=pair(figure(data, "bytes", "reference_resident"), figure(data, "bytes", "resident")),
-        threads=_count(figure(data, "threads")),
-        success=_success(mapping(data, "rollouts")),
-    )
+def read_evaluation(data: object, where: str = "the evaluation", folder: Path | None = None) -> Evaluation:
+    """The result of ``vlaquant eval --json``.
+
+    Args:
+        data: what is in the file.
+        where: its name, for errors.
+        folder: that it lies in; videos are looked for from there.
+
+    Raises:
+        EvaluationError: something else, or of another version of vlaquant.
+    """
+    result = from_dict(data, where)
+    rollouts = result.rollouts if isinstance(result, PolicyEvaluation) else None
+    if rollouts is None:
+        return Evaluation(result, None, ())
+    films = () if folder is None else find_films(rollouts, folder)
+    return Evaluation(result, _success(rollouts), films)
 
 
-def _count(value: float | None) -> int | None:
-    return None if value is None else int(value)
+def _success(found: Rollouts) -> Success:
+    tasks = tuple(_task(name, of) for name, of in found.tasks.items())
+    apart = found.success.difference
+    assert apart.low is not None
+    assert apart.high is not None
+    paired = Paired(found.only_reference, found.only_candidate, apart.value, apart.low, apart.high, found.p_value.value)
+    return Success(tasks, _task(ALL_TASKS, found.success), paired)
 
 
-def _success(data: Mapping[str, Any]) -> Success | None:
-    if not data:
-        return None
-    tasks = []
-    for name, before in mapping(data, "reference").items():
-        rates = _rate(before), _rate(look(data, "candidate", name))
-        if rates[0] is not None and rates[1] is not None:
-            tasks.append(Task(name, rates[0], rates[1]))
-    test = mapping(data, "paired")
-    names = ("only_reference", "only_candidate", "difference", "low", "high", "p_value")
-    values = [figure(test, name) for name in names]
-    lost, won, *rest = [value for value in values if value is not None] if None not in values else [0.0, 0.0]
-    return Success(
-        tuple(task for task in tasks if task.name != ALL_TASKS),
-        next((task for task in tasks if task.name == ALL_TASKS), None),
-        Paired(int(lost), int(won), *rest) if rest else None,
-        words(data, "skipped"),
-    )
+def _task(name: str, of: Compared) -> Task:
+    return Task(name, _rate(of.reference), _rate(of.candidate))
 
 
-def _rate(data: object) -> Rate | None:
-    found = [figure(data, name) for name in ("rate", "low", "high", "successes", "episodes")]
-    numbers = [value for value in found if value is not None]
-    if len(numbers) < len(found):
-        return None
-    rate, low, high, successes, episodes = numbers
-    return Rate(rate, low, high, int(successes), int(episodes))
+def _rate(of: Figure) -> Rate:
+    assert of.low is not None
+    assert of.high is not None
+    return Rate(of.value, of.low, of.high, round(of.value * of.count), of.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +224,11 @@ class Benchmark:
         """The whole action: of the fastest float version, and of the fastest quantized one."""
         medians = {kind: [v.median for v in self.versions if v.quantized is kind] for kind in (False, True)}
         return pair(*(min(medians[kind], default=None) for kind in (False, True)))
+
+
+def pair(before: float | None, after: float | None) -> Pair | None:
+    """Both figures, or nothing."""
+    return None if before is None or after is None else Pair(before, after)
 
 
 def read_benchmark(data: Mapping[str, Any]) -> Benchmark:

@@ -30,7 +30,7 @@ class Gate:
 
 
 def read_gates(manifest: Mapping[str, Any], evaluation: Evaluation | None) -> tuple[Gate, ...]:
-    """The gates of a recipe: measured by the run itself, or else judged by an evaluation."""
+    """The gates of a recipe, judged by an evaluation of what the file holds now, or else by what the run measured."""
     measured = mapping(manifest, "measured")
     limits = mapping(measured, "require") or mapping(manifest, "recipe", "require")
     gates = []
@@ -38,9 +38,9 @@ def read_gates(manifest: Mapping[str, Any], evaluation: Evaluation | None) -> tu
         limit = figure(limits, name)
         if limit is None:
             continue
-        value = figure(measured, name)
-        if value is None and evaluation is not None:
-            value = _figures(evaluation).get(name)
+        value = None if evaluation is None else _figures(evaluation).get(name)
+        if value is None:
+            value = figure(measured, name)
         gates.append(Gate(name, about, limit, value, None if value is None else _passes(name, limit, value)))
     return tuple(gates)
 
@@ -50,12 +50,14 @@ def _passes(name: str, limit: float, value: float) -> bool:
 
 
 def _figures(evaluation: Evaluation) -> dict[str, float | None]:
-    paired = None if evaluation.success is None else evaluation.success.paired
-    perplexity = evaluation.perplexity
+    """The figures that gates are about. What is NaN stays NaN, and passes no gate."""
+    policy, perplexity = evaluation.policy, evaluation.perplexity
+    sight = None if policy is None else policy.inside.image_sensitivity
     return {
         "action_l1": evaluation.mean_l1,
         "bin_distance": evaluation.bin_distance,
-        "gripper_flips": evaluation.gripper_flips,
-        "success_drop": None if paired is None else -paired.difference,
+        "gripper_flips": None if policy is None else policy.actions.gripper_flips.value,
+        "image_sensitivity": None if sight is None else sight.ratio.value,
+        "success_drop": None if evaluation.success is None else -evaluation.success.paired.difference,
         "perplexity_ratio": None if perplexity is None else perplexity.after / perplexity.before,
     }

@@ -9,6 +9,8 @@ from vlaquant.report.charts_layers import bytes_by_part, layer_errors
 from vlaquant.report.charts_weights import outlier_map, weight_histogram
 from vlaquant.report.data import Layer, Report
 from vlaquant.report.evaluated import Evaluation, Pair
+from vlaquant.report.figures_table import figures_table
+from vlaquant.report.films import film_strips
 from vlaquant.report.gates import Gate
 from vlaquant.report.svg import number, percent, signed, size
 
@@ -123,7 +125,7 @@ def _speed_card(report: Report) -> Card:
     note = _times(speed, "faster", "slower")
     if report.benchmark is not None and report.benchmark.action is not None:
         return Card("Time of one action", _ms(speed.before), _ms(speed.after), f"{note} (benchmark)", "latency")
-    kind = "action" if report.evaluation is None or report.evaluation.kind == "policy" else "window of text"
+    kind = "action" if report.evaluation is None or report.evaluation.policy is not None else "window of text"
     return Card(
         f"Time of one {kind}", _ms(speed.before), _ms(speed.after), f"{note} (median of vlaquant eval)", "actions"
     )
@@ -140,15 +142,14 @@ def _success_card(report: Report) -> Card:
         note = f"{signed(100 * (words.after / words.before - 1))} %"
         return Card("Perplexity", number(words.before, 4), number(words.after, 4), note, "actions")
     success = None if evaluation is None else evaluation.success
-    if success is None or success.overall is None:
-        why = success.skipped if success is not None and success.skipped else "vlaquant eval --rollouts 20 --json"
+    if success is None:
+        why = (None if evaluation is None else evaluation.skipped) or "vlaquant eval --rollouts 20 --json"
         return Card("Task success", "", "not measured", why, "missing")
     before, after = success.overall.before, success.overall.after
     note = f"{signed(100 * (after.rate - before.rate))} points in {after.episodes} episodes"
-    if success.paired is not None:
-        note += f", p = {success.paired.p_value:.2f}" + (
-            ": too few to tell them apart" if success.paired.p_value >= 0.05 else ": a real difference"
-        )
+    note += f", p = {success.paired.p_value:.2f}" + (
+        ": too few to tell them apart" if success.paired.p_value >= 0.05 else ": a real difference"
+    )
     return Card("Task success", _rate(before.rate), _rate(after.rate), note, "success")
 
 
@@ -223,49 +224,26 @@ def _outside(report: Report) -> list[Section]:
     """Actions, words and episodes, as far as they were measured."""
     evaluation, measured, found = report.evaluation, report.measured, []
     charts = []
-    if evaluation is not None and evaluation.l1:
-        charts.append(action_errors(evaluation))
+    if evaluation is not None and evaluation.policy is not None:
+        charts.append(action_errors(evaluation.policy.actions))
     if measured is not None and measured.trace is not None:
         charts.append(action_trace(measured.trace))
-    tables = [] if evaluation is None else [("What vlaquant eval measured", _figures(evaluation))]
+    tables = [] if evaluation is None else [("What vlaquant eval measured", figures_table(evaluation.result))]
     if charts or tables:
-        language = evaluation is not None and evaluation.kind == "language"
+        language = evaluation is not None and evaluation.policy is None
         title = "Words" if language else "Actions"
         found.append(Section("actions", title, title, (), tuple(charts), tuple(tables)))
     success = None if evaluation is None else evaluation.success
-    if success is not None and success.tasks:
-        chart = success_rates(success)
-        found.append(Section("success", "Success", chart.title, charts=(chart,)))
+    if evaluation is not None and success is not None:
+        chart, films = success_rates(success), [film_strips(evaluation.films)] if evaluation.films else []
+        found.append(Section("success", "Success", chart.title, charts=(chart, *films)))
     return found
 
 
-def _figures(evaluation: Evaluation) -> Table:
-    rows: list[tuple[str, str, str]] = []
-
-    def both(label: str, pair: Pair | None, unit: str = "") -> None:
-        if pair is not None:
-            rows.append((label, number(pair.before, 4) + unit, number(pair.after, 4) + unit))
-
-    def one(label: str, value: float | None, equal: str, *, share: bool = False) -> None:
-        if value is not None:
-            rows.append((label, equal, percent(value) if share else number(value)))
-
-    language = evaluation.kind == "language"
-    both("perplexity", evaluation.perplexity)
-    one("divergence, nats a token", evaluation.divergence, "0")
-    one("mean absolute difference of actions", evaluation.mean_l1, "0")
-    one("same top token" if language else "equal action tokens", evaluation.token_agreement, "100 %", share=True)
-    one("mean distance of action tokens, in bins of 255", evaluation.bin_distance, "0")
-    one("gripper flips", evaluation.gripper_flips, "0 %", share=True)
-    both("mean distance to the demonstrations", evaluation.l1_to_demonstration)
-    both("median latency", evaluation.latency, " ms")
-    both("99th percentile of latency", evaluation.slowest, " ms")
-    if evaluation.resident is not None:
-        rows.append(("tensors in memory", size(evaluation.resident.before), size(evaluation.resident.after)))
-    if evaluation.observations is not None:
-        count = str(evaluation.observations)
-        rows.append(("tokens" if language else "observations", count, count))
-    return Table(("figure", "float", "quantized"), tuple(rows), frozenset({1, 2}))
+def _differing(evaluation: Evaluation) -> int:
+    """Episodes that one policy alone solved."""
+    paired = None if evaluation.success is None else evaluation.success.paired
+    return 0 if paired is None else paired.only_float + paired.only_quantized
 
 
 def _folds(report: Report) -> Section:
@@ -324,9 +302,11 @@ def missing(report: Report) -> list[Missing]:
     if evaluation is None:
         told = "vlaquant eval --model OUT --reference FLOAT --json FILE, then vlaquant report … --eval FILE"
         found.append(Missing("Actions and success", told))
-    elif evaluation.kind == "policy" and (evaluation.success is None or evaluation.success.overall is None):
-        skipped = None if evaluation.success is None else evaluation.success.skipped
-        found.append(Missing("Closed-loop success", skipped or "vlaquant eval … --rollouts 20"))
+    elif evaluation.policy is not None and evaluation.success is None:
+        found.append(Missing("Closed-loop success", evaluation.skipped or "vlaquant eval … --rollouts 20"))
+    if evaluation is not None and evaluation.success is not None and _differing(evaluation) and not evaluation.films:
+        told = "vlaquant eval … --rollouts 20 --videos DIR, and leave DIR where it is, beside the JSON"
+        found.append(Missing("Film strips of episodes that ended differently", told))
     if report.benchmark is None:
         told = "vlaquant bench OUT --reference FLOAT --json FILE, then vlaquant report … --bench FILE"
         found.append(Missing("Time of one action, by part", told))

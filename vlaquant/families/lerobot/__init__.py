@@ -102,4 +102,5 @@ LEROBOT = Family(
     decide=decide,
     live_names=live_names,
     converted=converted,
+    velocity=r"model\.action_out_proj",
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from vlaquant.benchmark.timing import CLOCKS, synchronize
+from vlaquant.evaluate.timing import CLOCKS, synchronize
 from vlaquant.families import family_of_model
 from vlaquant.models.openvla import OpenVLAForActionPrediction
 
@@ -28,7 +28,7 @@ class PartClock:
 
     Attributes:
         device: where the model runs; one that computes in the background is waited for at every border of parts.
-        clock: key of :data:`~vlaquant.benchmark.timing.CLOCKS`.
+        clock: key of :data:`~vlaquant.evaluate.timing.CLOCKS`.
         seconds: part -> seconds.
         visits: (part, module), in the order in which they ran.
     """
