@@ -100,8 +100,8 @@ def quantize_block_(block: Any, run: Callable[[], Any], rounds: Any, clips: Any)
         for linear in linears:
             linear.weight.data = linear.weight.data * scale
         before.weight.data = before.weight.data / (scale if before.weight.ndim == 1 else scale[:, None])
-    linears = {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
-    for name, linear in linears.items():
+    every = {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
+    for name, linear in every.items():
         if clips is None or name.endswith(("q_proj", "k_proj")):
             linear.weight.data = rounds(linear.weight.data)
         else:
