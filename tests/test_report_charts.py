@@ -2,23 +2,29 @@
 
 import base64
 import io
+import json
 import math
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_reports import benchmark, evaluation, film, measured, report
+from made_reports import benchmark, evaluation, film, manifest, measured, report
 from PIL import Image
 
+from vlaquant.evaluate.results import from_dict
+from vlaquant.plan import plan_from_dict
 from vlaquant.report.chart import NARROW, WIDE
 from vlaquant.report.charts_actions import action_errors, action_trace, latency_parts, success_rates
 from vlaquant.report.charts_layers import bytes_by_part, layer_errors
 from vlaquant.report.charts_models import Point, front, pareto
 from vlaquant.report.charts_weights import outlier_map, weight_histogram
+from vlaquant.report.data import bytes_of, read_report
 from vlaquant.report.evaluated import read_benchmark, read_evaluation
 from vlaquant.report.films import film_strips
 from vlaquant.report.svg import decades, linear, logarithmic, number, percent, shortened, size, tag, ticks
@@ -75,10 +81,40 @@ def test_everything_lies_inside_its_drawing(width: int) -> None:
 
 def test_a_notebook_shows_a_chart() -> None:
     for chart in charts():
-        shown = chart._repr_html_()
-        assert "<svg" in shown
+        shown = chart._repr_svg_()
+        assert shown == chart.svg()
+        root = ET.fromstring(shown)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        inside = "".join(root.itertext())
+        assert chart.title in inside
+        assert all(word in inside for word in chart.summary.split())
         assert "--vq-text,#1a1f26" in shown  # outside of a page the light colours apply
+        ground = next(root.iter("{http://www.w3.org/2000/svg}rect"))
+        _, _, across, tall = (float(one) for one in root.attrib["viewBox"].split())
+        assert (float(ground.attrib["width"]), ground.attrib["fill"]) == (across, "var(--vq-page,#ffffff)")
+        assert float(ground.attrib["height"]) == pytest.approx(tall, abs=1.0)
+        assert tall > float(ET.fromstring(str(chart.draw(WIDE))).attrib["height"])
         assert chart.table.rows
+
+
+def test_bytes_of_a_plan_need_no_output() -> None:
+    written = manifest(20)
+    made = plan_from_dict(written["plan"])
+    assert bytes_of(made) == report(20).parts
+    assert sum(part.before for part in bytes_of(made)) == made.bytes_before
+
+
+def test_a_result_that_is_in_memory_or_in_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "vlaquant.json").write_text(json.dumps(manifest()), encoding="utf-8")
+    (tmp_path / "e.json").write_text(json.dumps(evaluation()), encoding="utf-8")
+    shown = read_report(folder, evaluation=from_dict(evaluation(), "made up"))
+    assert shown.evaluation is not None
+    other = read_report(folder, evaluation=tmp_path / "e.json").evaluation
+    assert other is not None
+    assert (shown.evaluation.result, shown.evaluation.success) == (other.result, other.success)
 
 
 def test_bytes_add_up() -> None:

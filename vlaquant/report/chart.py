@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from vlaquant.report.svg import tag
+from vlaquant.report.svg import captioned, tag
 
 #: Pixels of a drawing on a desk, and on a phone.
 WIDE, NARROW = 900, 350
@@ -38,12 +38,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One chart. A notebook shows it as it is; ``draw(width)`` gives its SVG.
+    """One chart. A notebook shows it with its title and summary; ``svg()`` gives the same as the text of a file.
 
     Attributes:
         title: what it is about.
         summary: what it shows, in a sentence or two.
-        draw: width in pixels -> SVG.
+        draw: width in pixels -> SVG of the drawing alone.
         table: the same figures.
     """
 
@@ -52,9 +52,12 @@ class Chart:
     draw: Callable[[int], Markup]
     table: Table
 
-    def _repr_html_(self) -> str:
-        heading = tag("strong", self.title)
-        return str(tag("div", heading, tag("p", self.summary), self.draw(WIDE)))
+    def svg(self, width: int = WIDE) -> str:
+        """A picture ``width`` pixels wide that stands alone: title, summary and drawing, in light colours."""
+        return str(captioned(self.draw(width), self.title, self.summary, width))
+
+    def _repr_svg_(self) -> str:
+        return self.svg()
 
 
 def wide(width: int) -> bool:

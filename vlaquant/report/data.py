@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlaquant.checkpoint import read_manifest
+from vlaquant.evaluate.results import Evaluation as EvaluationResult
+from vlaquant.evaluate.results import to_dict
 from vlaquant.plan import LayerPlan, Plan, TablePlan, plan_from_dict
 from vlaquant.report.evaluated import Benchmark, Evaluation, Pair, read_benchmark, read_evaluation
 from vlaquant.report.gates import Gate, read_gates
@@ -155,7 +157,7 @@ class Report:
 def read_report(
     output: str | Path,
     *,
-    evaluation: str | Path | None = None,
+    evaluation: str | Path | EvaluationResult | None = None,
     benchmark: str | Path | None = None,
     measured: Measured | None = None,
 ) -> Report:
@@ -163,7 +165,7 @@ def read_report(
 
     Args:
         output: the directory; its log is beside it, if there is one.
-        evaluation: the JSON of ``vlaquant eval``.
+        evaluation: the JSON of ``vlaquant eval``, or what :func:`~vlaquant.evaluate.evaluation.evaluate_policy` gave.
         benchmark: the JSON of ``vlaquant bench``.
         measured: the result of :func:`~vlaquant.report.measuring.measure`.
 
@@ -175,14 +177,17 @@ def read_report(
     return make_report(
         output.name,
         read_manifest(output),
-        evaluation=None if evaluation is None else _evaluation(Path(evaluation)),
+        evaluation=None if evaluation is None else _evaluation(evaluation),
         benchmark=None if benchmark is None else read_benchmark(load_json(Path(benchmark))),
         measured=measured,
         log=_lines(output.with_name(f"{output.name}.log.jsonl")),
     )
 
 
-def _evaluation(path: Path) -> Evaluation:
+def _evaluation(result: str | Path | EvaluationResult) -> Evaluation:
+    if not isinstance(result, str | Path):
+        return read_evaluation(to_dict(result), folder=Path())
+    path = Path(result)
     return read_evaluation(load_json(path), str(path), path.parent)
 
 
@@ -203,7 +208,7 @@ def make_report(
         name=name,
         family=plan.family,
         layers=_layers(plan, manifest, log or []),
-        parts=_parts(plan),
+        parts=bytes_of(plan),
         disk=Pair(
             figure(size, "source_weights") or planned.before,
             figure(size, "weights") or planned.after,
@@ -260,7 +265,8 @@ def _bits(one: LayerPlan | TablePlan) -> int | None:
     return None if one.scheme is None else one.scheme.weight.bits
 
 
-def _parts(plan: Plan) -> tuple[Bytes, ...]:
+def bytes_of(plan: Plan) -> tuple[Bytes, ...]:
+    """Bytes by part before and after; the last one is what no rule can be about."""
     before: dict[str, int] = {}
     after: dict[str, dict[int | None, int]] = {}
     for one in plan.covered:

@@ -1,6 +1,8 @@
 """Just enough SVG: elements with escaped text, scales, ticks, and numbers as people write them."""
 
 import math
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 
 from markupsafe import Markup, escape
@@ -11,6 +13,10 @@ from vlaquant.report.colours import paint
 Scale = Callable[[float], float]
 
 _FONT = "font-family:system-ui,sans-serif;font-size:12px"
+#: What :func:`drawing` makes.
+_DRAWING = re.compile(r'<svg [^>]*viewBox="0 0 \S+ (?P<height>[^ "]+)"[^>]*>(?P<inside>.*)</svg>', re.DOTALL)
+#: Pixels around a picture that stands alone, and those that a sign takes.
+_MARGIN, _SIGN = 12, 6.6
 
 
 def tag(name: str, *children: str, **attributes: object) -> Markup:
@@ -44,6 +50,20 @@ def drawing(width: float, height: float, label: str, *children: str) -> Markup:
         aria_label=label,
         style=f"max-width:100%;height:auto;color:{paint('text')};{_FONT}",
     )
+
+
+def captioned(picture: Markup, title: str, summary: str, width: int) -> Markup:
+    """A :func:`drawing` with words above it, on a ground of its own, so that it can be read on any page."""
+    found = _DRAWING.fullmatch(picture)
+    assert found is not None
+    lines = textwrap.wrap(summary, round((width - 2 * _MARGIN) / _SIGN))
+    top = _MARGIN + 20 + 18 * len(lines) + 8
+    words = [text(_MARGIN, _MARGIN + 12, title, font_weight="600", font_size="15")]
+    words += [text(_MARGIN, _MARGIN + 32 + 18 * i, line) for i, line in enumerate(lines)]
+    inside = tag("g", Markup(found["inside"]), transform=f"translate({_MARGIN} {top})")
+    tall = top + float(found["height"]) + _MARGIN
+    ground = rect(0, 0, width + 2 * _MARGIN, tall, fill=paint("page"))
+    return drawing(width + 2 * _MARGIN, tall, f"{title}. {summary}", ground, *words, inside)
 
 
 def text(x: float, y: float, words: str, **attributes: object) -> Markup:
