@@ -2,6 +2,9 @@
 
 import os
 import random
+import subprocess
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import datasets
+import launching
 import numpy as np
 import pytest
 import torch
@@ -31,6 +35,20 @@ def seeds() -> None:
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what is read from temporary directories out of the user's cache."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forked_verification() -> Iterator[None]:
+    """Verification happens in a process of its own, as ever, but one that need not import everything again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlaquant.export.verify.subprocess", SimpleNamespace(run=launching.run_fresh))
+        yield
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests about the very process that verification starts."""
+    monkeypatch.setattr("vlaquant.export.verify.subprocess", subprocess)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ from staged import (
     streamed,
     written,
 )
-from tiny_families import SCHEMES, TINY, family_of, one_fresh_process, quantized
+from tiny_families import SCHEMES, TINY, family_of, quantized
 from torch import Tensor, nn
 
 import vlaquant
@@ -208,8 +208,7 @@ def test_every_family_is_tuned_or_refused(name: str, tmp_path: Path, monkeypatch
         with pytest.raises(CalibrationError, match="autoround needs blocks that run once a sample"):
             quantized(name, "autoround", directory, tmp_path / "packed")
         return
-    with one_fresh_process(monkeypatch):
-        outcome = quantized(name, "autoround", directory, tmp_path / "packed")
+    outcome = quantized(name, "autoround", directory, tmp_path / "packed")
     assert outcome.verified == "equal bit for bit"
     assert outcome.same
     assert outcome.error < 0.2

@@ -2,14 +2,15 @@
 
 import errno
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from launching import signalled
 from safetensors.torch import load_file, save_file
 from tiny import llama, save_llama
 
@@ -256,30 +257,17 @@ def test_manifest_must_be_complete(source: Path) -> None:
         read_manifest(partial)
 
 
-_SLOW_WRITER = """
-import sys, time
-from pathlib import Path
-from vlaquant.checkpoint import atomic_directory, write_json
-with atomic_directory(Path(sys.argv[1]), overwrite=False) as partial:
-    write_json(partial / "config.json", {})
-    write_json(partial / "vlaquant.json", {"complete": True})
-    print("writing", flush=True)
-    time.sleep(60)
-"""
+def write_slowly(ready: Any, target: Path) -> None:
+    with atomic_directory(target, overwrite=False) as partial:
+        write_json(partial / "config.json", {})
+        write_json(partial / "vlaquant.json", {"complete": True})
+        ready.set()
+        time.sleep(60)
 
 
 def test_sigkill_leaves_nothing_acceptable(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with subprocess.Popen(
-        [sys.executable, "-c", _SLOW_WRITER, str(target)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    ) as process:
-        assert process.stdout is not None
-        said = process.stdout.readline().strip()
-        process.kill()
-    assert said == "writing"
+    assert signalled(signal.SIGKILL, write_slowly, target).code == -signal.SIGKILL
     # The partial directory is there, and it even has a manifest that says "complete"
     (left,) = tmp_path.iterdir()
     assert left != target

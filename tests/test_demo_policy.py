@@ -62,7 +62,9 @@ def test_calibration_and_evaluation_episodes_are_different() -> None:
 
 @pytest.mark.parametrize("name", ["demo_w4a16_awq", "demo_w4a16_gptq", "demo_w8a8_smoothquant"])
 def test_demo_recipes(name: str, policy: OpenVLAForActionPrediction) -> None:
-    quantized = vlaquant.quantize(POLICY, load_recipe(ROOT / "configs" / f"{name}.yaml")).model
+    # A quarter of the shipped recipe's 64 samples: `make demo` takes them all
+    samples = load_observations(EPISODES, "calibration", 16)
+    quantized = vlaquant.quantize(POLICY, load_recipe(ROOT / "configs" / f"{name}.yaml"), samples=samples).model
     assert isinstance(quantized, OpenVLAForActionPrediction)
     error = compare(quantized, policy, load_observations(EPISODES, "evaluation", 30), lambda items: items).figures
     assert error.bin_distance is not None
@@ -72,7 +74,7 @@ def test_demo_recipes(name: str, policy: OpenVLAForActionPrediction) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_gptq_and_awq_beat_rounding_on_output_error(bits: int) -> None:
-    samples = load_observations(EPISODES, "calibration", 24)
+    samples = load_observations(EPISODES, "calibration", 12)
     losses = {
         row: vlaquant.quantize(POLICY, recipe(f"w{bits} {row}"), samples=samples).mean_relative_loss
         for row in ("rtn", "awq", "gptq")

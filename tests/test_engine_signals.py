@@ -1,35 +1,30 @@
 """The real command, interrupted in the middle: what it says, what it leaves, and how it goes on."""
 
-import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from launching import signalled
 from staged import GPTQ_TEXT, files_of, left_behind, make_source, skip_verification, stages_in
 
 from vlaquant.cli import main
-
-#: The command, slowed down: it waits after its first stage.
-_SLOW = """
-import signal, sys, time
-import torch
-# Tests that run in the background inherit that it is ignored
-signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)
-from vlaquant.cli import main
 from vlaquant.engine.work import WorkDirectory
-commit = WorkDirectory.commit
-def slow(self, *args):
-    commit(self, *args)
-    print("finished", len(self.records), flush=True)
-    time.sleep(120)
-WorkDirectory.commit = slow
-sys.exit(main(sys.argv[1:]))
-"""
+
+
+def slow_command(ready: Any, arguments: list[str]) -> int:
+    """The command, slowed down: it waits after its first stage."""
+    commit = WorkDirectory.commit
+
+    def slow(self: WorkDirectory, *args: Any) -> None:
+        commit(self, *args)
+        ready.set()
+        time.sleep(120)
+
+    WorkDirectory.commit = slow  # type: ignore[assignment, method-assign]
+    return main(arguments)
 
 
 @pytest.fixture
@@ -53,18 +48,9 @@ def test_interrupted_and_resumed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "out"
-    with subprocess.Popen(
-        [sys.executable, "-c", _SLOW, *arguments, "--output", str(output)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "finished 1\n"
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    ended = signalled(number, slow_command, [*arguments, "--output", str(output)])
+    said = ended.err
+    assert ended.code == 130, said
     assert "Traceback" not in said
     assert "vlaquant: interrupted; no output was written" in said
     assert "1 finished stages are kept in" in said

@@ -102,6 +102,7 @@ def test_loaded_layers_are_packed_and_equal(tmp_path: Path) -> None:
     assert float_weights == []
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_openvla_is_verified_in_a_fresh_process(tmp_path: Path) -> None:
     source = save_openvla(tmp_path / "source", openvla(dtype=torch.bfloat16))
     recipe = {"rules": [{"part": "language", **SCHEMES["w4 group"]}, {"part": "vision", "scheme": "w8a8"}]}
@@ -165,6 +166,7 @@ def test_an_output_that_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.M
         verify(model, tmp_path, FAMILIES["hf"], inputs)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_a_directory_that_does_not_load_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho first >&2\necho it broke >&2\nexit 3\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import SCHEMES, TINY, answers, family_of, one_fresh_process, quantized, recipe_for
+from tiny_families import SCHEMES, TINY, answers, family_of, quantized, recipe_for
 
 import vlaquant
 from vlaquant.errors import PlanError
@@ -23,7 +23,7 @@ OURS = [name for name, family in FAMILIES.items() if family.load.__module__.star
 
 @pytest.fixture(scope="module")
 def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch, one_fresh_process(patch):
+    with pytest.MonkeyPatch.context() as patch:
         yield patch
 
 

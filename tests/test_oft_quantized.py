@@ -2,14 +2,13 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from launching import together
 from make_synthetic_checkpoint import make_config
 from safetensors.torch import load_file, save_file
 from staged import QUANTIZERS, SCHEMES, differing, files_of, killed_after, skip_verification, streamed, written
@@ -77,16 +76,14 @@ def test_the_written_policy_acts_as_the_one_in_memory_and_nearly_as_the_float_on
     assert kinds == {W4A16Linear if scheme == "w4a16" else W8A8Linear}
 
 
+def act_in_a_fresh_process(directory: Path, target: Path) -> None:
+    np.save(target, actions(vlaquant.load(directory)))
+
+
 def test_another_process_acts_alike(packed: Path, tmp_path: Path) -> None:
     """One that has only the directory, and the tests' samples."""
-    code = (
-        "import sys, numpy, torch; torch.set_num_threads(1)\n"
-        "sys.path[:0] = sys.argv[3:]\n"
-        "import vlaquant, test_oft_quantized\n"
-        "numpy.save(sys.argv[2], test_oft_quantized.actions(vlaquant.load(sys.argv[1])))"
-    )
-    arguments = [str(packed), str(tmp_path / "actions.npy"), *sys.path]
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+    (ended,) = together(tmp_path / "log", 1, act_in_a_fresh_process, packed, tmp_path / "actions.npy")
+    assert ended.code == 0, ended.err
     assert np.array_equal(np.load(tmp_path / "actions.npy"), actions(vlaquant.load(packed)))
 
 

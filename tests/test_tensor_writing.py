@@ -4,15 +4,19 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import signalled
 from made_tensors import blocks, every_dtype, same, some_tensor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -232,33 +236,19 @@ def test_limit_of_the_file_size_in_the_middle(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-_SLOW_WRITER = """
-import sys, time, torch
-from pathlib import Path
-from vlaquant.checkpoint import write_made_tensors
+def write_slowly(ready: Any, folder: Path) -> None:
+    def make(name: str) -> torch.Tensor:
+        if name == "b":
+            ready.set()
+            time.sleep(60)
+        return torch.ones(2**18)
 
-def slow(name):
-    if name == "b":
-        print("wrote one", flush=True)
-        time.sleep(60)
-    return torch.ones(2**18)
-
-write_made_tensors(Path(sys.argv[1]), dict.fromkeys("ab", torch.ones(2**18)), slow)
-"""
+    write_made_tensors(folder, dict.fromkeys("ab", torch.ones(2**18)), make)
 
 
 def test_sigkill_in_the_middle_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    with subprocess.Popen(
-        [sys.executable, "-c", _SLOW_WRITER, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    ) as process:
-        assert process.stdout is not None
-        said = process.stdout.readline().strip()
-        process.kill()
-    assert said == "wrote one"
+    assert signalled(signal.SIGKILL, write_slowly, tmp_path).code == -signal.SIGKILL
     assert [left.name for left in tmp_path.iterdir()] == [".model.safetensors.partial"]
     assert list(tmp_path.glob("*.safetensors")) == []
     write_tensor_file(path, {"a": torch.ones(3)})

@@ -2,11 +2,7 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -156,44 +152,3 @@ def quantized(name: str, scheme: str, directory: Path, output: Path) -> Outcome:
         same=all(torch.equal(one, other) for one, other in zip(mine, loaded, strict=True)),
         error=float((loaded[0] - wanted).norm() / wanted.norm()),
     )
-
-
-_SERVER = """
-import json, sys
-from vlaquant.export import fresh
-for line in sys.stdin:
-    sys.path[:], sys.argv[1:] = json.loads(line)
-    fresh.main()
-    print("done", flush=True)
-"""
-
-
-@contextmanager
-def one_fresh_process(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside, all verifications happen in one other process, which is told nothing but what to load."""
-    # Nothing but requests and "done" may pass; its errors go to this process's standard error
-    server = subprocess.Popen(
-        [sys.executable, "-c", _SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-    requests, replies = server.stdin, server.stdout
-
-    def run(directory: Path, inputs_file: Path | None, report_file: Path, family: Family) -> None:
-        threads = str(torch.get_num_threads())
-        arguments = [str(directory), str(inputs_file or "-"), str(report_file), threads, family.load.__module__]
-        requests.write(json.dumps([sys.path, arguments]) + "\n")
-        requests.flush()
-        assert replies.readline().strip() == "done", f"{directory} does not load in another process"
-
-    patch.setattr("vlaquant.export.verify._run_fresh", run)
-    try:
-        yield
-    finally:
-        requests.close()
-        server.wait()
-        replies.close()

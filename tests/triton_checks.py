@@ -135,7 +135,7 @@ def test_dense_weight_is_the_reference(group_size: int | str, dtype: torch.dtype
         assert torch.equal(got, unpack(stored, query).dequantize(dtype))
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 16), (1, 960), (33, 48), (65, 272), (130, 1040)])
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (1, 960), (33, 48), (65, 272), (130, 528)])
 def test_w4a16_edges(n: int, k: int) -> None:
     """No multiple of any block size, one row, fewer columns than a block has."""
     for t, dtype in ((1, torch.float32), (3, torch.bfloat16), (17, torch.bfloat16)):
@@ -189,7 +189,7 @@ def check_w8a8(scheme: Scheme, n: int, k: int) -> None:
 
 @pytest.mark.parametrize("scheme", W8A8_SCHEMES)
 def test_w8a8_multiplies_integers_exactly(scheme: str) -> None:
-    for n, k in ((1, 8), (7, 320), (70, 130), (33, 1100)):
+    for n, k in ((1, 8), (7, 320), (70, 130), (33, 590)):
         check_w8a8(W8A8_SCHEMES[scheme], n, k)
 
 
