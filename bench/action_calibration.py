@@ -26,7 +26,7 @@ from vlaquant.evaluate.actions import ask
 from vlaquant.families import family_of_model
 from vlaquant.families.data import load_observations
 from vlaquant.families.observation import Observation
-from vlaquant.plan import format_table
+from vlaquant.terminal import format_table
 
 ROOT = Path(__file__).parent.parent
 POLICY, EPISODES = ROOT / "examples" / "demo_policy", ROOT / "examples" / "demo_episodes"

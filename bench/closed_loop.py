@@ -23,7 +23,7 @@ from vlaquant.evaluate.results import Outcome
 from vlaquant.evaluate.rollouts import default_workers, outcomes_of, plan_jobs, run_jobs
 from vlaquant.evaluate.statistics import mcnemar, paired_rates, wilson
 from vlaquant.families.data import load_observations
-from vlaquant.plan import format_table
+from vlaquant.terminal import format_table
 
 _GPTQ = {"quantizer": {"kind": "gptq"}}
 _RTN = {"quantizer": {"kind": "rtn"}}

@@ -32,8 +32,8 @@ from vlaquant.kernels.triton_w4a16 import TRITON_W4A16
 from vlaquant.kernels.triton_w8a8 import TRITON_W8A8
 from vlaquant.linear import QuantLinear, from_quantized
 from vlaquant.numerics import quantize_weight
-from vlaquant.plan import format_table
 from vlaquant.scheme import get_scheme
+from vlaquant.terminal import format_table
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # in_features, out_features
 TOKENS = (1, 4, 16, 64, 256, 1024)

@@ -38,8 +38,8 @@ from transformers import AutoModelForCausalLM
 import vlaquant
 from vlaquant.families.hf_samples import text_samples
 from vlaquant.numerics import fake_quantize, min_max, qparams
-from vlaquant.plan import format_table
 from vlaquant.scheme import get_scheme
+from vlaquant.terminal import format_table
 
 ROOT = Path(__file__).parent.parent
 PEERS = Path(__file__).parent / "peers"

@@ -22,7 +22,7 @@ from transformers import AutoModel
 import vlaquant
 from vlaquant.families.hf_samples import text_samples
 from vlaquant.linear import QuantLinear
-from vlaquant.plan import format_table
+from vlaquant.terminal import format_table
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("rtn", "gptq", "gptq + refit", "gptaq + refit", *PEER_METHODS)

@@ -27,9 +27,9 @@ from vlaquant.passes.gptq import gptq
 from vlaquant.passes.layer import Work, quantize_layers
 from vlaquant.passes.rtn import round_to_nearest
 from vlaquant.passes.transform import transform_group_
-from vlaquant.plan import format_table
 from vlaquant.recipe import Awq, Gptq
 from vlaquant.scheme import Scheme, get_scheme
+from vlaquant.terminal import format_table
 
 _SAMPLED = 256
 

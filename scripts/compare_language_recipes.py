@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import vlaquant
 from vlaquant.evaluate.language import compare_text
 from vlaquant.families.hf_samples import text_samples
-from vlaquant.plan import format_table
+from vlaquant.terminal import format_table
 
 _AWQ = [{"kind": "awq"}]
 _SMOOTH = [{"kind": "smoothquant", "alpha": 0.5}]

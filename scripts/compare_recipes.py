@@ -18,7 +18,7 @@ from vlaquant.evaluate.figures import Figure
 from vlaquant.evaluate.results import ActionFigures, Rollouts
 from vlaquant.evaluate.rollouts import default_workers, outcomes_of, plan_jobs, run_jobs, summarize
 from vlaquant.families.data import load_observations
-from vlaquant.plan import format_table
+from vlaquant.terminal import format_table
 
 _POLICY = Path(__file__).parent.parent / "examples" / "demo_policy"
 _EPISODES = Path(__file__).parent.parent / "examples" / "demo_episodes"

@@ -21,7 +21,7 @@ from vlaquant.evaluate.actions import compare
 from vlaquant.evaluate.language import compare_text
 from vlaquant.families.data import load_observations
 from vlaquant.families.hf_samples import text_samples
-from vlaquant.plan import format_table
+from vlaquant.terminal import format_table
 
 _POLICY = Path(__file__).parent.parent / "examples" / "demo_policy"
 _EPISODES = Path(__file__).parent.parent / "examples" / "demo_episodes"

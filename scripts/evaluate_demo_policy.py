@@ -24,7 +24,7 @@ from vlaquant.evaluate.rollouts import (
     run_jobs,
     success,
 )
-from vlaquant.plan import format_table
+from vlaquant.terminal import format_table
 
 
 def rates(outcomes: dict[str, list[tuple[int, Outcome]]]) -> dict[str, Any]:

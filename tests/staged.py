@@ -12,6 +12,7 @@ from tiny import llama, observations, openvla, save_llama, save_openvla
 from torch import Tensor
 
 import vlaquant
+from vlaquant.benchmark.limits import Limits
 from vlaquant.engine.run import RunOptions
 from vlaquant.engine.work import WorkDirectory, work_path
 from vlaquant.export.compressed_tensors import file_tensors
@@ -132,6 +133,14 @@ def skip_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the fresh process, which takes seconds, where a test compares in its own way."""
     for name in ("verify", "verify_tensors"):
         monkeypatch.setattr(f"vlaquant.export.writing.{name}", lambda *_: {"tensors": 0, "output": "skipped"})
+
+
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up limits of the machine for ``vlaquant bench --shapes``: measuring them takes seconds."""
+    monkeypatch.setattr("vlaquant.benchmark.shapes.last_level_cache", lambda: 20_000)
+    monkeypatch.setattr(
+        "vlaquant.benchmark.shapes.measure_limits", lambda *_, **__: Limits(10.0, 100.0, 50.0, 400.0, {})
+    )
 
 
 class KilledError(BaseException):

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: A room of ``vlaquant/`` imports only from rooms before it.
 ORDER = [
     "errors",
+    "terminal",
     "scheme",
     "numerics",
     "packing",
@@ -37,6 +38,7 @@ ORDER = [
     "training",
     "benchmark",
     "report",
+    "closing",
     "commands",
     "cli",
 ]

@@ -13,7 +13,7 @@ import documents
 import pytest
 import torch
 from documents import ROOT, read
-from staged import killed_after, skip_verification, stages_in
+from staged import killed_after, skip_verification, small_limits, stages_in
 
 from vlaquant.cli import _parser, main
 
@@ -124,6 +124,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).symlink_to(ROOT / target, target_is_directory=True)
     skip_verification(monkeypatch)
     monkeypatch.setattr("vlaquant.evaluate.evaluation.memory", lambda *_: None)  # two more processes, tested elsewhere
+    small_limits(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -29,13 +29,14 @@ from vlaquant.evaluate.memory import memory, run_fresh
 from vlaquant.evaluate.metaworld import why_not
 from vlaquant.evaluate.results import PolicyEvaluation, from_dict, read, schema, to_dict
 from vlaquant.evaluate.rollouts import ClosedLoop, roll_out
-from vlaquant.evaluate.table import WIDTH, table
+from vlaquant.evaluate.table import table
 from vlaquant.families import FAMILIES
 from vlaquant.goals.gates import measure as measure_gates
 from vlaquant.goals.gates import missed
 from vlaquant.recipe import load_recipe
 from vlaquant.report import measure, read_report, render
 from vlaquant.report.sections import verdict
+from vlaquant.terminal import WIDTH
 
 GATES = {"action_l1": 0.02, "image_sensitivity": 0.5}
 

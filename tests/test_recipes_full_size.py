@@ -1,5 +1,6 @@
 """The recipes of ``configs/`` on policies at their published sizes: every rule finds layers, every width its groups."""
 
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 from vlaquant.families import family_of_model
 from vlaquant.plan import make_plan
 from vlaquant.recipe import load_recipe
+from vlaquant.terminal import WIDTH
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 #: File names begin with these; the demo policy and language models have other sizes.
@@ -40,5 +42,9 @@ def test_a_recipe_fits_the_published_sizes(stem: str) -> None:
     wanted = {layer.part for layer in made.layers if family.why_float(layer.name) is None} - _OUTPUTS
     floats = {layer.part for layer in made.layers if layer.scheme is None and family.why_float(layer.name) is None}
     eight = {layer.part for layer in made.quantized.values() if layer.scheme and layer.scheme.activation}
+    for text in (str(made), made.layer_table()):
+        assert max(map(len, text.splitlines())) <= WIDTH
+    listed = [line.split()[0] for line in made.layer_table().splitlines() if re.match(r"  \S", line)]
+    assert len(set(listed)) == len(listed) == len(made.covered) + len(made.others)
     assert floats <= _OUTPUTS
     assert eight == (wanted if "w8a8" in stem else set())

@@ -1,7 +1,9 @@
-"""The command ``vlaquant``: each subcommand reads its arguments, calls one function and prints."""
+"""The command ``vlaquant``: each subcommand reads its arguments, calls one function, and shows what came of it."""
 
 import argparse
+import io
 import logging
+import os
 import re
 import signal
 import sys
@@ -27,6 +29,7 @@ from vlaquant.engine.processes import launched
 from vlaquant.errors import RecipeError, VlaquantError
 from vlaquant.evaluate.timing import CLOCKS
 from vlaquant.recipe import parse_bytes
+from vlaquant.terminal import STDOUT, complain, finish, quiet_stdout
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -41,9 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no arrows must not end a run of hours
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        args.command(args)
+        with quiet_stdout(args.json):
+            outcome = args.command(args)
+        if outcome is not None:
+            finish(outcome, args.json)
     except VlaquantError as error:
         if args.debug:
             traceback.print_exc()
@@ -52,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         _complain("interrupted; no output was written", error)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever reads, such as head, has seen enough; nothing is left to be written when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
@@ -61,8 +74,7 @@ def _complain(message: str, error: BaseException) -> None:
     """One line, and what others noted about the error, such as how to go on."""
     rank, size = launched()
     who = f"vlaquant, process {rank}" if size > 1 else "vlaquant"
-    for line in [message, *getattr(error, "__notes__", [])]:
-        print(f"{who}: {line}", file=sys.stderr)
+    complain(who, [message, *getattr(error, "__notes__", [])])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,9 +99,35 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="cpu", help="where the model runs while it is calibrated, such as cuda")
     run.add_argument("--log", type=Path, metavar="FILE", help="log of the run, JSON lines (default: OUTPUT.log.jsonl)")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    _add_json_argument(run)
     run.set_defaults(command=run_quantize)
 
-    qat = commands.add_parser("qat", help="fine-tune with rounded weights for a while, and write a packed checkpoint")
+    _add_qat_arguments(
+        commands.add_parser("qat", help="fine-tune with rounded weights for a while, and write a packed checkpoint")
+    )
+    show = commands.add_parser("plan", help="print what a recipe would do to a model")
+    _add_recipe_arguments(show)
+    show.add_argument("--layers", action="store_true", help="one line a layer")
+    _add_json_argument(show)
+    show.set_defaults(command=run_plan)
+
+    _add_sensitivity_arguments(commands.add_parser("sensitivity", help="print what each scheme does to each layer"))
+    _add_eval_arguments(commands.add_parser("eval", help="compare a quantized checkpoint with its float original"))
+    _add_bench_arguments(commands.add_parser("bench", help="measure kernels, or one action of a policy"))
+    doctor = commands.add_parser("doctor", help="print what this machine has, and which kernels run on it")
+    _add_json_argument(doctor)
+    doctor.set_defaults(command=run_doctor)
+
+    _add_report_arguments(commands.add_parser("report", help="write one HTML page about a quantized checkpoint"))
+    inspect = commands.add_parser("inspect", help="print what a quantized checkpoint holds")
+    inspect.add_argument("directory", type=Path)
+    inspect.add_argument("--layers", action="store_true", help="one line a layer")
+    _add_json_argument(inspect)
+    inspect.set_defaults(command=run_inspect)
+    return parser
+
+
+def _add_qat_arguments(qat: argparse.ArgumentParser) -> None:
     _add_recipe_arguments(qat)
     qat.add_argument("--output", type=Path, required=True, help="directory to write")
     qat.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
@@ -102,26 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         default="float",
         help="what the loss compares with: the float model's decision (default), or the demonstrated one",
     )
+    _add_json_argument(qat)
     qat.set_defaults(command=run_qat)
-
-    show = commands.add_parser("plan", help="print what a recipe would do to a model")
-    _add_recipe_arguments(show)
-    show.add_argument("--layers", action="store_true", help="one line a layer")
-    show.set_defaults(command=run_plan)
-
-    _add_sensitivity_arguments(commands.add_parser("sensitivity", help="print what each scheme does to each layer"))
-    _add_eval_arguments(commands.add_parser("eval", help="compare a quantized checkpoint with its float original"))
-    _add_bench_arguments(commands.add_parser("bench", help="measure kernels, or one action of a policy"))
-    doctor = commands.add_parser("doctor", help="print what this machine has, and which kernels run on it")
-    doctor.add_argument("--json", action="store_true", help="print the result as JSON")
-    doctor.set_defaults(command=run_doctor)
-
-    _add_report_arguments(commands.add_parser("report", help="write one HTML page about a quantized checkpoint"))
-    inspect = commands.add_parser("inspect", help="print what a quantized checkpoint holds")
-    inspect.add_argument("directory", type=Path)
-    inspect.add_argument("--layers", action="store_true", help="one line a layer")
-    inspect.set_defaults(command=run_inspect)
-    return parser
 
 
 def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
@@ -134,7 +154,7 @@ def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--samples", type=int, help="observations, or windows of text (default: all, or 32)")
     evaluate.add_argument("--sequence-length", type=int, default=512, help="tokens of one window of text")
     evaluate.add_argument("--control-hz", type=float, metavar="HZ", help="actions that the robot executes a second")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+    _add_json_argument(evaluate)
     loop = evaluate.add_argument_group("closed loop")
     loop.add_argument("--rollouts", type=int, default=0, metavar="N", help="paired simulated episodes a task")
     loop.add_argument("--env", default="metaworld", help="metaworld[:TASK], gymnasium:ID or libero:SUITE")
@@ -153,7 +173,7 @@ def _add_sensitivity_arguments(scan: argparse.ArgumentParser) -> None:
     scan.add_argument("--progressive", action="store_true", help="lower the precision to the budget's tolerance")
     scan.add_argument("--samples", type=int, help="overrides the budget's")
     scan.add_argument("--device", default="cpu", help="such as cuda")
-    scan.add_argument("--json", type=Path, metavar="FILE", help="write the result here too; a budget can read it")
+    _add_json_argument(scan, "; a budget can read it")
     scan.add_argument("--plot", type=Path, metavar="FILE", help="draw it, as .png, .svg or .pdf (needs matplotlib)")
     scan.set_defaults(command=run_sensitivity)
 
@@ -166,7 +186,7 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--threads", type=int, help="default: 1 for shapes, all that torch uses for a checkpoint")
     bench.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: of this process; for busy machines")
     bench.add_argument("--device", default="cpu", help="such as cuda")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+    _add_json_argument(bench)
     kernels = bench.add_argument_group("with --shapes")
     kernels.add_argument("--tokens", type=_numbers, metavar="N,...", help="rows of the input (default: 1,8,32,50,256)")
     kernels.add_argument("--schemes", metavar="NAME,...", help="default: w4a16,w8a8,w4a8")
@@ -194,14 +214,19 @@ def _add_report_arguments(page: argparse.ArgumentParser) -> None:
     inside.add_argument("--reference", type=Path, metavar="DIR", help="the float directory: weights are compared")
     inside.add_argument("--episodes", type=Path, help="recorded episodes: activations and actions are compared")
     inside.add_argument("--unnorm-key", help="dataset whose action statistics apply, if the policy knows several")
-    inside.add_argument("--json", type=Path, metavar="FILE", help="write what was found there here too")
-    inside.add_argument("--measured", type=Path, metavar="FILE", help="what --json wrote: no model is needed")
+    inside.add_argument("--measured", type=Path, metavar="FILE", help="what --json FILE wrote: no model is needed")
+    _add_json_argument(page, ", with all that was found inside of both models")
     page.set_defaults(command=run_report)
 
 
 def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="the recipe, a YAML file")
     parser.add_argument("--model", type=Path, help="directory of the float model; overrides the recipe's")
+
+
+def _add_json_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
+    told = f"print the result as JSON in place of the text, or write it to FILE beside that{more}"
+    parser.add_argument("--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help=told)
 
 
 def _bytes(text: str) -> int:

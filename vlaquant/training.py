@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from tqdm import tqdm
 
 from vlaquant.calibrate import observe
 from vlaquant.checkpoint import check_output
@@ -43,6 +42,7 @@ from vlaquant.plan import LayerPlan, Plan, make_plan
 from vlaquant.recipe import Recipe, load_recipe
 from vlaquant.result import QuantizationResult
 from vlaquant.scheme import QuantSpec, Scheme
+from vlaquant.terminal import bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,7 @@ def _train(
     random, seen = np.random.default_rng(seed), []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for _ in tqdm(range(training.steps), "qat", disable=None if progress else True, leave=False):
+        for _ in bar(range(training.steps), "qat", show=progress):
             optimizer.zero_grad()
             total = 0.0
             for position in random.choice(len(samples), training.batch, replace=len(samples) < training.batch):

@@ -7,10 +7,9 @@ import torch
 
 from vlaquant.evaluate.machine import machine
 from vlaquant.kernels import KERNELS, Query, explain
-from vlaquant.plan import format_table
 from vlaquant.scheme import Scheme, get_scheme
+from vlaquant.terminal import WIDTH, format_table
 
-WIDTH = 100
 _GIB = 2**30
 #: n and k of the layer that is asked about: a multiple of everything that a kernel may want.
 _FEATURES = 4096
@@ -69,7 +68,7 @@ def _advice(found: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def report(diagnosis: dict[str, Any]) -> str:
-    """The diagnosis as text, no line longer than :data:`WIDTH`."""
+    """The diagnosis as text, no line longer than :data:`~vlaquant.terminal.WIDTH`."""
     found = diagnosis["machine"]
     lines = [*_facts(found), "", f"Kernel of a layer of {_FEATURES} x {_FEATURES}, by scheme and dtype of activations"]
     columns = ("device", "scheme", "dtype", "kernel")

@@ -3,9 +3,8 @@
 import textwrap
 from typing import Any
 
-from vlaquant.plan import format_table
+from vlaquant.terminal import WIDTH, format_table
 
-_WIDTH = 100
 _MIB = 2**20
 
 
@@ -55,7 +54,7 @@ def _absences(result: dict[str, Any]) -> list[str]:
     }
     told += [f"{path} for {scheme}: its result shows no rounding of activations" for path, scheme in sorted(exact)]
     told += [f"peer {package}: {reason}" for package, reason in result["peers_missing"].items()]
-    lines = [line for one in told for line in textwrap.wrap(one, _WIDTH, subsequent_indent="    ")]
+    lines = [line for one in told for line in textwrap.wrap(one, WIDTH, subsequent_indent="    ")]
     return ["", *lines] if lines else []
 
 
@@ -91,7 +90,7 @@ def _warning(result: dict[str, Any]) -> list[str]:
     if load is None or load + result["settings"]["threads"] <= cores:
         return []
     told = f"WARNING: this machine was busy (load {load:.1f}, {cores} cores): measure again when it is quiet"
-    return textwrap.wrap(told, _WIDTH)
+    return textwrap.wrap(told, WIDTH)
 
 
 def _part_label(part: str, found: dict[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from vlaquant.errors import ExportError
+from vlaquant.terminal import bar, say
 
 _GIB = 2**30
 
@@ -89,12 +90,12 @@ class RunLog:
         """A line for whoever watches, and one in the log."""
         self.write("note", text=text)
         if self._show:
-            tqdm.write(text, file=sys.stderr)
+            say(text)
 
     def begin(self, stages: int, *, done: int) -> None:
         """Draw the bar."""
         self._started = time.perf_counter()
-        self._bar = tqdm(total=stages, initial=done, unit="stage", disable=None if self._show else True, leave=False)
+        self._bar = bar(total=stages, done=done, unit="stage", show=self._show)
 
     def doing(self, what: str, tokens: int = 0) -> None:
         """Show what is being worked on; ``tokens`` went through it since the last call."""

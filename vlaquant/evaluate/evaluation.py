@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from vlaquant.checkpoint import weight_files
 from vlaquant.errors import EvaluationError
@@ -36,6 +35,7 @@ from vlaquant.families import family_of_model
 from vlaquant.families.data import load_observations
 from vlaquant.families.hf_samples import text_samples
 from vlaquant.families.observation import Observation
+from vlaquant.terminal import bar
 
 _PACKAGES = ("vlaquant", "torch", "transformers")
 #: Observations on which hidden states are compared, and actions that are timed by part.
@@ -184,10 +184,10 @@ def evaluate_language(model: Path, reference: Path, text: Path, *, count: int, l
 
 
 def _progress(label: str) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    return lambda items: tqdm(items, desc=label, disable=None, leave=False)  # type: ignore[return-value]
+    return lambda items: bar(items, label)  # type: ignore[return-value]
 
 
 def _rollouts(model: Path, reference: Path, loop: ClosedLoop) -> Rollouts:
     total = 2 * loop.episodes * len(loop.simulator.tasks)
-    with tqdm(total=total, desc="closed-loop episodes", disable=None, leave=False) as bar:
-        return roll_out(model, reference, loop, bar.update)
+    with bar(label="closed-loop episodes", total=total) as shown:
+        return roll_out(model, reference, loop, shown.update)

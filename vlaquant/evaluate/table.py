@@ -1,7 +1,7 @@
 """An evaluation as the table that ``vlaquant eval`` prints: no line is longer than 100 columns."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from vlaquant.evaluate.figures import Compared, Figure
 from vlaquant.evaluate.results import (
@@ -14,13 +14,9 @@ from vlaquant.evaluate.results import (
     Rollouts,
     System,
 )
-from vlaquant.plan import format_table
+from vlaquant.terminal import WIDTH, format_table
 
-WIDTH = 100
 _MIB = 2**20
-_GAPS = 6
-#: What a note at least gets; longer cells make it narrower.
-_NARROWEST = 24
 
 Row = tuple[str, str, str, str]
 
@@ -37,17 +33,7 @@ def table(result: Evaluation) -> str:
     else:
         rows += _language_rows(result.language)
     notes = [line for note in result.notes for line in textwrap.wrap(note, WIDTH, subsequent_indent="  ")]
-    return "\n".join([format_table(_wrapped(rows)), *notes])
-
-
-def _wrapped(rows: Sequence[Row]) -> list[Row]:
-    """Notes that are too long go on in rows of their own."""
-    used = sum(max(len(row[column]) for row in rows) for column in range(3)) + _GAPS
-    found: list[Row] = []
-    for *cells, note in rows:
-        first, *rest = textwrap.wrap(note, max(WIDTH - used, _NARROWEST)) or [""]
-        found += [(cells[0], cells[1], cells[2], first), *(("", "", "", line) for line in rest)]
-    return found
+    return "\n".join([format_table(rows), *notes])
 
 
 def interval(figure: Figure, shown: Callable[[float], str]) -> str:

@@ -1,13 +1,11 @@
 """What was asked for, and how its goals become a recipe without any."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from vlaquant.checkpoint import read_config
 from vlaquant.engine.opening import Run
@@ -16,6 +14,7 @@ from vlaquant.families import Family, family_of_config, family_of_model
 from vlaquant.recipe import Recipe
 from vlaquant.result import QuantizationResult
 from vlaquant.sensitivity import Mixture, with_rules
+from vlaquant.terminal import say
 
 #: Quantizes by a recipe without goals, into a directory if there is one.
 Attempt = Callable[[Recipe, Path | None], QuantizationResult]
@@ -50,7 +49,7 @@ class Asked:
     def say(self, text: str) -> None:
         """A line for whoever watches."""
         if self.show:
-            tqdm.write(text, file=sys.stderr)
+            say(text)
 
 
 def resolved(asked: Asked, mixture: Mixture) -> Recipe:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from vlaquant.checkpoint import read_config
 from vlaquant.engine.opening import Opened, recipe_samples
@@ -19,6 +18,7 @@ from vlaquant.evaluate.sight import image_sensitivity
 from vlaquant.export import load
 from vlaquant.families import Family, family_of_config
 from vlaquant.recipe import Episodes, Recipe, Require
+from vlaquant.terminal import bar
 
 #: Figures by the names of gates, and under ``details`` what they came from.
 Figures = dict[str, Any]
@@ -86,9 +86,8 @@ def measure(candidate: Path, reference: Path, recipe: Recipe, require: Require, 
         EvaluationError: what cannot be compared.
     """
 
-    def bar(label: str) -> Callable[[Sequence[Any]], Sequence[Any]]:
-        disable = None if show else True
-        return lambda items: tqdm(items, label, disable=disable, leave=False)  # type: ignore[return-value]
+    def watched(label: str) -> Callable[[Sequence[Any]], Sequence[Any]]:
+        return lambda items: bar(items, label, show=show)  # type: ignore[return-value]
 
     family = family_of_config(read_config(reference), recipe.family)
     samples = held_out(require, recipe, reference, family)
@@ -96,16 +95,16 @@ def measure(candidate: Path, reference: Path, recipe: Recipe, require: Require, 
     figures: Figures = {"samples": len(samples)}
     if family.act is None:
         texts = [sample for sample in samples if isinstance(sample, Tensor)]
-        words, _ = compare_text(quantized, original, texts, bar("comparing text"))
+        words, _ = compare_text(quantized, original, texts, watched("comparing text"))
         figures |= {"perplexity_ratio": words.perplexity.ratio.value, "language": plain(words)}
         return figures
-    actions = compare(quantized, original, samples, bar("comparing actions")).figures
+    actions = compare(quantized, original, samples, watched("comparing actions")).figures
     figures |= {"action_l1": actions.whole_chunk.l1.value, "gripper_flips": actions.gripper_flips.value}
     if actions.bin_distance is not None:
         figures["bin_distance"] = actions.bin_distance.value
     figures["actions"] = plain(actions)
     if require.image_sensitivity is not None:
-        sight = image_sensitivity(quantized, original, samples, bar("turning images black"))
+        sight = image_sensitivity(quantized, original, samples, watched("turning images black"))
         figures |= {"image_sensitivity": sight.ratio.value, "sight": plain(sight)}
     if require.success_drop is not None:
         loop = ClosedLoop(require.rollouts, workers=default_workers())

@@ -1,4 +1,4 @@
-"""Pictures of scans and curves. Needs matplotlib (extra ``report``)."""
+"""Pictures of scans and curves. Needs matplotlib."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,20 @@ from vlaquant.sensitivity import Scan
 _MIB = 2**20
 
 
-def plot_scan(scan: Scan, path: Path) -> None:
-    """The cost of every candidate along the groups of the model: measured as lines, estimated as dots.
+def check_plot(path: Path) -> None:
+    """Refuse a picture that cannot be drawn, before there is anything to draw.
 
     Raises:
         EvaluationError: matplotlib is not installed, or writes no such format.
     """
+    figure, _ = _figure(1.0, 1.0)
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise EvaluationError(f"{path}: cannot be drawn: its name must end in one of .{', .'.join(sorted(known))}")
+
+
+def plot_scan(scan: Scan, path: Path) -> None:
+    """The cost of every candidate along the groups of the model: measured as lines, estimated as dots."""
     figure, axes = _figure(max(8.0, 0.22 * len(scan.groups)), 6.0)
     places = range(len(scan.groups))
     for c, candidate in enumerate(scan.candidates):
@@ -33,11 +41,7 @@ def plot_scan(scan: Scan, path: Path) -> None:
 
 
 def plot_curve(curve: Curve, path: Path) -> None:
-    """Action error against size.
-
-    Raises:
-        EvaluationError: as for :func:`plot_scan`.
-    """
+    """Action error against size."""
     figure, axes = _figure(6.0, 4.0)
     sizes = [step.mixture.bytes / _MIB for step in curve.steps]
     axes.plot(sizes, [step.figures["action_l1"] for step in curve.steps], "-", color="C0")
@@ -53,14 +57,11 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EvaluationError("matplotlib is not installed: pip install 'vlaquant[report]'") from error
+        raise EvaluationError("matplotlib is not installed: pip install matplotlib") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise EvaluationError(f"{path}: cannot be drawn: {error}") from error
+    figure.savefig(path, dpi=150)

@@ -10,9 +10,9 @@ import numpy as np
 from vlaquant.errors import PlanError
 from vlaquant.goals.asked import Asked, Attempt, resolved
 from vlaquant.goals.gates import Figures, measure, missed
-from vlaquant.plan import format_table
 from vlaquant.recipe import Budget, Recipe, Require
 from vlaquant.sensitivity import Mixture, Scan, mix
+from vlaquant.terminal import format_table
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlaquant.scheme import Scheme, scheme_from_dict, scheme_to_dict
+from vlaquant.terminal import format_table
 
 _MIB = 2**20
 #: How the reasons begin that a budget gives, each layer one of its own.
@@ -146,16 +147,21 @@ class Plan:
         return dict(sorted(kinds.items(), key=lambda item: -sum(other.bytes for other in item[1])))
 
     def layer_table(self) -> str:
-        """One line a layer, and one for every other tensor."""
-        rows = [("name", "shape", "part", "scheme", "bytes before", "bytes after", "reason")]
+        """One line a layer, and one for every other tensor; above them their part and the reason that they share."""
+        rows: list[tuple[str, ...]] = [("name", "shape", "scheme", "bytes before", "bytes after")]
+        above = ""
         for one in self.covered:
-            part, scheme, _ = _row_key(one)
-            reason = f"{one.kind}: {one.reason}" if isinstance(one, TablePlan) else one.reason
+            _, scheme, _ = _row_key(one)
+            kind = f"{one.kind}: " if isinstance(one, TablePlan) else ""
+            heading = f"{one.part}: {kind}{one.reason}"
+            if heading != above:
+                rows.append((heading,))
+                above = heading
             sizes = (f"{one.bytes_before:,}", f"{one.bytes_after:,}")
-            rows.append((one.name, "x".join(map(str, one.shape)), part, scheme, *sizes, reason))
-        for other in self.others:
-            sizes = (f"{other.bytes:,}", f"{other.bytes:,}")
-            rows.append((other.name, "", "-", "float", *sizes, f"not covered: {other.kind}"))
+            rows.append((f"  {one.name}", "x".join(map(str, one.shape)), scheme, *sizes))
+        for kind, found in self.not_covered.items():
+            rows.append((f"not covered: {kind}",))
+            rows += [(f"  {other.name}", "", "float", *2 * (f"{other.bytes:,}",)) for other in found]
         return format_table(rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,14 +196,6 @@ def plan_from_dict(data: dict[str, Any]) -> Plan:
 def _values(data: Mapping[str, Any]) -> dict[str, Any]:
     scheme = None if data["scheme"] is None else scheme_from_dict(data["scheme"])
     return {**data, "shape": tuple(data["shape"]), "scheme": scheme}
-
-
-def format_table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Rows of cells as aligned text; the first row is the heading."""
-    table = list(rows)
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def _row_key(one: LayerPlan | TablePlan) -> tuple[str, str, str]:

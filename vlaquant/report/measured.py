@@ -112,15 +112,18 @@ class Measured:
         found = [(name, error) for name, error in self.weight_errors if error > limit]
         return tuple(sorted(found, key=lambda one: -one[1]))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, to five digits."""
+        return {"kind": "report", "version": VERSION, **_plain(asdict(self))}
+
     def write(self, path: Path) -> None:
         """Write the JSON file that :meth:`read` reads."""
-        data = {"kind": "report", "version": VERSION, **_plain(asdict(self))}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Inverse of :meth:`write`.
+        """Inverse of :meth:`write`; what else is in the file is left alone.
 
         Raises:
             EvaluationError: another file, or one of another version.

@@ -1,6 +1,6 @@
 """Looking into a float and a quantized model for what a page draws: weights, activations, and actions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,10 @@ _SMALLEST, _LARGEST = 1e-2, 1e2
 _FIT_ROUNDS = 4
 
 _Packed = W4A16Linear | W8A8Linear
-Progress = Callable[[Sequence[Any], str], Sequence[Any]]
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
-def _silent(items: Sequence[Any], _: str) -> Sequence[Any]:
+def _silent(items: Sequence[Any], _: str) -> Iterable[Any]:
     return items
 
 
@@ -89,9 +89,10 @@ def measure(
     if episodes is not None:
         family = family_of_model(original)
         seen = load_observations(episodes, "evaluation", observations, unnorm_key)
-        outliers = _outliers(candidate, original, family, list(pairs), progress(seen, "activations"), channel_sets)
+        outliers = _outliers(candidate, original, family, list(pairs), seen, channel_sets, progress)
         if family.act is not None:
-            trace = _trace(candidate, original, load_observations(episodes, "evaluation", None, unnorm_key), traced)
+            recorded = load_observations(episodes, "evaluation", None, unnorm_key)
+            trace = _trace(candidate, original, recorded, traced, progress)
     return Measured(tuple(grams), measured.weight_errors, outliers, trace)
 
 
@@ -193,7 +194,7 @@ def histogram(
 
 
 def channel_peaks(
-    model: nn.Module, family: Family, names: Sequence[str], observations: Sequence[Observation]
+    model: nn.Module, family: Family, names: Sequence[str], observations: Iterable[Observation]
 ) -> dict[str, Tensor]:
     """The largest |x| of each input channel [k] of the layers that ran; padding and missing cameras do not count."""
     peaks: dict[str, Tensor] = {}
@@ -228,12 +229,12 @@ def _outliers(
     original: nn.Module,
     family: Family,
     names: Sequence[str],
-    observations: Sequence[Observation],
+    seen: Sequence[Observation],
     sets: int,
+    progress: Progress,
 ) -> Outliers:
-    seen = list(observations)
-    before = channel_peaks(original, family, names, seen)
-    after = channel_peaks(candidate, family, names, seen)
+    before = channel_peaks(original, family, names, progress(seen, "activations, float"))
+    after = channel_peaks(candidate, family, names, progress(seen, "activations, quantized"))
     both = [name for name in names if name in before and name in after]
     return Outliers(
         tuple(both),
@@ -250,7 +251,9 @@ def _against_mean(peaks: Tensor, sets: int) -> tuple[float, ...]:
     return tuple(float(part.max()) / average for part in peaks.tensor_split(min(sets, len(peaks))))
 
 
-def _trace(candidate: nn.Module, original: nn.Module, observations: Sequence[Observation], count: int) -> Trace | None:
+def _trace(
+    candidate: nn.Module, original: nn.Module, observations: Sequence[Observation], count: int, progress: Progress
+) -> Trace | None:
     """Of at most ``count`` episodes, evenly spread, the one with the largest mean difference; None if all are short."""
     groups: dict[tuple[str, int], list[Observation]] = {}
     for one in observations:
@@ -259,7 +262,8 @@ def _trace(candidate: nn.Module, original: nn.Module, observations: Sequence[Obs
     if not episodes:
         return None
     chosen = np.linspace(0, len(episodes) - 1, min(count, len(episodes))).round().astype(int)
-    traces = [_follow(candidate, original, episodes[index], len(chosen)) for index in chosen]
+    followed = progress([episodes[index] for index in chosen], "episodes")
+    traces = [_follow(candidate, original, episode, len(chosen)) for episode in followed]
     return max(traces, key=_difference)
 
 

@@ -11,20 +11,20 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import spearmanr
 from torch import nn
-from tqdm import tqdm
 
 from vlaquant.calibrate import Flow
 from vlaquant.engine.opening import Run
 from vlaquant.engine.prediction import available_memory
 from vlaquant.engine.run import QuantizationRun, RunOptions
 from vlaquant.errors import CalibrationError, RecipeError
-from vlaquant.plan import Plan, format_table, make_plan
+from vlaquant.plan import Plan, make_plan
 from vlaquant.recipe import Budget, Recipe, load_recipe
 from vlaquant.sensitivity.effects import Policy, policy_of, spread
 from vlaquant.sensitivity.estimated import estimate
 from vlaquant.sensitivity.groups import Group, candidate_plans, find_groups
 from vlaquant.sensitivity.measured import Effects, measure
 from vlaquant.sensitivity.rounding import Codes, round_groups
+from vlaquant.terminal import bar, format_table
 
 Method = Literal["estimated", "measured"]
 #: Bytes that the header of a file spends on a tensor beside the name of its module, at most.
@@ -125,25 +125,24 @@ class Scan:
             raise RecipeError(f"{path}: no scan of vlaquant sensitivity --json: {error!r}") from error
 
     def __str__(self) -> str:
-        rows = [("layers", "part", "weights", *self._headings())]
-        for g, group in enumerate(self.groups):
-            cells = [f"{values[g][c]:.3g}" for c in range(len(self.candidates)) for values in self._columns().values()]
-            rows.append((group.label, group.part, f"{group.weights:,}", *cells))
-        lines = [format_table(rows), "", f"{self.samples} samples; {self._effects()}"]
+        lines: list[str] = []
+        for name, values in self._columns().items():
+            rows = [("layers", "part", "weights", *self.candidates)]
+            for group, costs in zip(self.groups, values, strict=True):
+                rows.append((group.label, group.part, f"{group.weights:,}", *(f"{cost:.3g}" for cost in costs)))
+            lines += [name, format_table(rows), ""]
+        lines.append(f"{self.samples} samples; {self._effects()}")
         correlation = self.rank_correlation()
         if correlation is not None:
-            values = ", ".join(f"{name} {value:.3f}" for name, value in correlation.items())
-            lines.append(f"Spearman's ρ of measured and estimated: {values}")
+            each = ", ".join(f"{name} {value:.3f}" for name, value in correlation.items())
+            lines.append(f"Spearman's ρ of measured and estimated: {each}")
         lines.append("; ".join(f"{step}: {seconds:.1f} s" for step, seconds in self.seconds.items()))
         return "\n".join(lines)
 
     def _columns(self) -> dict[str, list[list[float]]]:
-        """Heading -> figures: the estimate, and all measured effects."""
+        """Heading -> figures [groups][candidates]: the estimate, and all measured effects."""
         estimated = {} if self.estimated is None else {"estimated": self.estimated}
         return estimated | (self.measured or {})
-
-    def _headings(self) -> list[str]:
-        return [f"{candidate} {name}" for candidate in self.candidates for name in self._columns()]
 
     def _effects(self) -> str:
         names = list(self.measured or {})
@@ -241,17 +240,16 @@ def _scan(
 ) -> dict[str, Any]:
     count = len(common[3])
 
-    def bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-        disable = None if show else True
-        return lambda items: tqdm(items, label, total=count, disable=disable, leave=False)
+    def watched(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+        return lambda items: bar(items, label, total=count, show=show)
 
     found: dict[str, Any] = {"seconds": {}}
     for method in (one for one in _EVERY if one in methods):
         started = time.perf_counter()
         if method == "estimated":
-            found[method] = estimate(*common, bar("estimating"), seed=seed)
+            found[method] = estimate(*common, watched("estimating"), seed=seed)
         else:
-            found[method] = measure(*common, bar("measuring"), flow)
+            found[method] = measure(*common, watched("measuring"), flow)
         found["seconds"][method] = time.perf_counter() - started
     return found
 
