@@ -166,7 +166,7 @@ def results(drawn: Numbers) -> Figure:
 
 
 def scaling(drawn: Numbers) -> Figure:
-    figure, panels = plt.subplots(2, len(drawn["axes"]), figsize=(9, 4.6), layout="constrained", sharey="row")
+    figure, panels = plt.subplots(2, len(drawn["axes"]), figsize=(9, 4.6), layout="constrained")
     for column, (axis, points) in enumerate(drawn["axes"].items()):
         panels[0][column].plot(points["values"], points["seconds"], "o-", color=BLUE)
         panels[1][column].plot(points["values"], points["MiB"], "o-", color=ORANGE, label="calibration")
