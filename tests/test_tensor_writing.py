@@ -289,6 +289,11 @@ def mapped():
         for name in handle.keys():
             handle.get_tensor(name).view(torch.int16).max()
 
+# What libraries load when they are first used is not part of it
+small = Path(out, "small")
+small.mkdir()
+write_tensors(small, {"t": torch.zeros(64, 128, dtype=torch.bfloat16).T}, 64 * 2**20)
+torch.zeros(2**22, dtype=torch.int16).max()
 before = peak_mib()
 for what in (read, join, write, lambda: source_identity(directory), mapped):
     what()
@@ -309,7 +314,7 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     read, join, write, identity, mapped = map(float, done.stdout.split())
-    # 20 tensors of 8 MiB: one of them, a buffer of 8 MiB, and what libraries bring in at first use (27 to 44)
-    assert max(read, join, write, identity) < 80, done.stdout
+    # 20 tensors of 8 MiB: one of them, and a buffer of 8 MiB
+    assert max(read, join, write, identity) < 50, done.stdout
     # The measurement sees what it must: a mapped file stays in memory
     assert mapped > 120, done.stdout

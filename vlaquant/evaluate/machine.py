@@ -54,17 +54,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(_PACKAGES),
         "commit": commit(),
-        "environment": {
-            name: os.environ[name]
-            for name in (
-                "OMP_NUM_THREADS",
-                "ONEDNN_MAX_CPU_ISA",
-                "ATEN_CPU_CAPABILITY",
-                "VLAQUANT_KERNEL",
-                "VLAQUANT_ISA",
-            )
-            if name in os.environ
-        },
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
 
