@@ -83,8 +83,8 @@ static int one_call(void) {
     int32_t *offset = get((size_t)scales * 4), *sums = get((size_t)scales * 4);
     const size_t x_bytes = (size_t)((tokens - 1) * stride + k) * (size_t)size;
     void *x = get(x_bytes), *y = get((size_t)(tokens * n * size)), *bias = get((size_t)(n * size));
-    vq_layer layer = {n, k, group, bits, weight, scale, asymmetric ? shift : NULL, offset, with_zero ? sums : NULL,
-                      fixed ? 0.02f : 0.0f, with_zero ? (int32_t)draw(255) - 127 : 0};
+    vq_layer layer = {n, k, group, bits, weight, scale, asymmetric ? shift : NULL, asymmetric ? offset : NULL,
+                      with_zero ? sums : NULL, fixed ? 0.02f : 0.0f, with_zero ? (int32_t)draw(255) - 127 : 0};
     memset(weight, bits == 4 ? 0x88 : 0x80, (size_t)(blocks * groups * padded * 4 * bits));
     for (int64_t i = 0; i < scales; i++) {
         const int z = asymmetric ? (int)draw(1u << bits) - zero : 0;

@@ -50,17 +50,14 @@ static void pack_floats(const vq_call *call, const vq_packed *packed, int64_t to
     const int64_t tile = packed->tokens - first < TILE ? packed->tokens - first : TILE;
     float *to = packed->floats + first * groups * padded + r, *sums = packed->float_sums + m;
     load_row(call, token, row);
-    for (int64_t g = 0; g < groups; g++) {
-        for (int64_t start = 0; start < padded; start += VQ_SLICE) {
-            const int64_t end = start + VQ_SLICE < padded ? start + VQ_SLICE : padded;
+    for (int64_t g = 0; g < groups; g++, row += size) {
+        for (int64_t start = 0; start < padded; start += VQ_SLICE, sums += packed->tokens) {
+            const int64_t end = start + VQ_SLICE < padded ? start + VQ_SLICE : padded, last = end < size ? end : size;
             float sum = 0;
-            for (int64_t i = start; i < end; i++) {
-                const float x = i < size ? row[g * size + i] : 0.0f;
-                to[(g * padded + i) * tile] = x;
-                sum += x;
-            }
+            for (int64_t i = start; i < last; i++, to += tile) *to = row[i];
+            for (int64_t i = last; i < end; i++, to += tile) *to = 0;
+            for (int64_t i = start; i < last && layer->shift; i++) sum += row[i];
             *sums = sum;
-            sums += packed->tokens;
         }
     }
 }
@@ -96,11 +93,9 @@ static void to_codes(const vq_layer *layer, const float *row, float scale, int8_
     const vf divisor = vf_set(scale), zero = vf_set((float)layer->input_zero);
     const vf low = vf_set(layer->sums ? -128 : -127), high = vf_set(127);
     for (int64_t i = 0; i < layer->columns; i += VW) {
-        int32_t lanes[VW];
         vf x = vf_div(vf_load(row + i), divisor);
         if (layer->sums) x = vf_add(x, zero);
-        vi_store(lanes, vi_round(vf_min(vf_max(x, low), high)));
-        for (int lane = 0; lane < VW; lane++) codes[i + lane] = (int8_t)lanes[lane];
+        vi_store_bytes(codes + i, vi_round(vf_min(vf_max(x, low), high)));
     }
 }
 
@@ -111,23 +106,24 @@ static void pack_codes(const vq_call *call, const vq_packed *packed, int64_t tok
     const int64_t slice = vq_slice(layer, 1), first = m / TILE * TILE, r = m - first;
     const int64_t tile = packed->tokens - first < TILE ? packed->tokens - first : TILE;
     int32_t *to = packed->codes + first * groups * padded / 4 + r, *sums = packed->code_sums + m;
-    int8_t *codes = (int8_t *)(row + layer->columns + VW), four[4];
+    int8_t *codes = (int8_t *)(row + layer->columns + VW);
     load_row(call, token, row);
     for (int64_t i = layer->columns; i < layer->columns + VW; i++) row[i] = 0;
     const float scale = token_scale(call, row);
     packed->scales[m] = scale;
     to_codes(layer, row, scale == scale ? scale : 1.0f, codes);
-    for (int64_t g = 0; g < groups; g++) {
-        for (int64_t start = 0; start < padded; start += slice) {
-            const int64_t end = start + slice < padded ? start + slice : padded;
+    for (int64_t g = 0; g < groups; g++, codes += size) {
+        for (int64_t start = 0; start < padded; start += slice, sums += packed->tokens) {
+            const int64_t end = start + slice < padded ? start + slice : padded, last = end < size ? end : size;
             int32_t sum = 0;
-            for (int64_t i = start; i < end; i += 4) {
-                for (int64_t j = 0; j < 4; j++) four[j] = i + j < size ? codes[g * size + i + j] : 0;
-                memcpy(to + (g * padded + i) / 4 * tile, four, sizeof four);
-                sum += four[0] + four[1] + four[2] + four[3];
+            int64_t i = start;
+            for (; i + 4 <= last; i += 4, to += tile) memcpy(to, codes + i, 4);
+            for (; i < end; i += 4, to += tile) {
+                *to = 0;
+                memcpy(to, codes + i, i < last ? (size_t)(last - i) : 0);
             }
+            for (i = start; i < last; i++) sum += codes[i];
             *sums = sum;
-            sums += packed->tokens;
         }
     }
 }

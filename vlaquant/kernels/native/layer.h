@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define VQ_ABI 1
+#define VQ_ABI 2
 
 /* Output features come in blocks of so many, in every layout and on every CPU. */
 #define VQ_COLUMNS 32
@@ -35,8 +35,8 @@ typedef struct {
     const uint8_t *weight;   /* as above */
     const float *scale;      /* [b][g][32] */
     const float *shift;      /* [b][g][32] zero * scale, for float activations; NULL if symmetric */
-    const int32_t *offset;   /* [b][g][32] zero + 2^(bits-1), for int8 activations */
-    const int32_t *sums;     /* [b][g][32] sum of (u - offset), for static activations with a zero point, or NULL */
+    const int32_t *offset;   /* [b][g][32] zero + 2^(bits-1), for int8 activations; NULL if symmetric */
+    const int32_t *sums;     /* [b][g][32] sum of q - zero, for static activations with a zero point, or NULL */
     float input_scale;       /* of static activations; 0 if each token has its own */
     int32_t input_zero;
 } vq_layer;

@@ -26,7 +26,7 @@ class Layout(NamedTuple):
         weight: uint8 [b, g, p * bits / 8, 32].
         scale: float32 [b, g, 32].
         shift: float32 [b, g, 32], zero times scale; empty if symmetric.
-        offset: int32 [b, g, 32], zero + 2^(bits-1).
+        offset: int32 [b, g, 32], zero + 2^(bits-1); empty if symmetric.
         sums: int32 [b, g, 32], codes less zero, summed; empty unless static activations have a zero point.
     """
 
@@ -55,7 +55,7 @@ def make_layout(weight: QuantizedWeight, *, input_scale: float = 0.0, input_zero
     shift = offset = sums = torch.empty(0)
     if zero is not None:
         shift = _blocks(zero.float() * scale.float())
-    offset = _blocks(torch.zeros_like(scale, dtype=torch.int32) if zero is None else zero.int()) + (1 << (bits - 1))
+        offset = _blocks(zero.int() + (1 << (bits - 1)))
     if input_zero is not None:
         total = codes.sum(dim=-1, dtype=torch.int32)
         sums = _blocks(total if zero is None else total - zero.int() * group)

@@ -17,7 +17,7 @@ import torch
 
 from vlaquant.errors import VlaquantError
 
-_ABI = 1
+_ABI = 2
 _VARIABLE = "VLAQUANT_ISA"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OPENMP = re.compile(r"(/\S*lib(?:gomp|iomp5|omp)\b[^\s/]*\.(?:so|dylib)\S*)$", re.MULTILINE)

@@ -22,6 +22,11 @@ INLINE vf vf_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 INLINE vi vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 INLINE void vi_store(void *p, vi v) { _mm256_storeu_si256((__m256i *)p, v); }
 INLINE vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
+INLINE void vi_store_bytes(int8_t *p, vi v) { /* the lowest byte of each lane */
+    const vi fours = _mm256_shuffle_epi8(v, _mm256_set1_epi32(0x0c080400));
+    const __m128i low = _mm256_castsi256_si128(fours), high = _mm256_extracti128_si256(fours, 1);
+    _mm_storel_epi64((__m128i *)p, _mm_unpacklo_epi32(low, high));
+}
 INLINE vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 INLINE vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 INLINE vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }

@@ -22,6 +22,7 @@ INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE void vi_store(void *p, vi v) { _mm512_storeu_si512(p, v); }
 INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE void vi_store_bytes(int8_t *p, vi v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(v)); }
 INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }

@@ -29,6 +29,9 @@ INLINE vf vf_abs(vf a) { return (vf)((vi)a & vi_set(0x7fffffff)); }
 
 INLINE vi vi_load(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
 INLINE void vi_store(void *p, vi v) { memcpy(p, &v, sizeof v); }
+INLINE void vi_store_bytes(int8_t *p, vi v) {
+    for (int i = 0; i < VW; i++) p[i] = (int8_t)v[i];
+}
 INLINE vi vi_and(vi a, vi b) { return a & b; }
 INLINE vi vi_add(vi a, vi b) { return (vi)((vq_unsigned)a + (vq_unsigned)b); }
 INLINE vi vi_sub(vi a, vi b) { return (vi)((vq_unsigned)a - (vq_unsigned)b); }
