@@ -221,17 +221,16 @@ def one_result(args: argparse.Namespace, row: str, method: str, seed: int, windo
     print(row, method, seed, found["perplexity"], found["seconds"], flush=True)
 
 
-def table(results: dict[str, Any]) -> str:
-    methods = [method for method in (*OURS, *PEER_METHODS) if any(method in row for row in results["rows"].values())]
-    lines = [("", *results["rows"])]
-    for method in methods:
-        cells = []
-        for row in results["rows"].values():
-            found = [one["perplexity"] for one in row.get(method, {}).values()]
-            spread = f" ±{statistics.stdev(found):.2f}" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.2f}{spread}" if found else "")
-        lines.append((method, *cells))
-    return f"float: {results['float']:.3f}\n{format_table(lines)}"
+def table(rows: dict[str, Any], cell: Callable[[list[dict[str, Any]]], str]) -> str:
+    """A line for each method, a column for each row of the file; ``cell`` writes what its seeds found."""
+    methods = [method for method in (*OURS, *PEER_METHODS) if any(method in row for row in rows.values())]
+    cells = [[cell([*row[method].values()]) if method in row else "" for row in rows.values()] for method in methods]
+    return format_table([("", *rows), *((method, *line) for method, line in zip(methods, cells, strict=True))])
+
+
+def mean_and_spread(values: Sequence[float], style: str) -> str:
+    spread = f" ±{statistics.stdev(values):{style}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{style}}{spread}"
 
 
 def main() -> None:
@@ -267,7 +266,9 @@ def main() -> None:
         for row in args.rows:
             for method in args.methods:
                 one_result(args, row, method, seed, windows)
-    print(table(record(args.json)))
+    results = record(args.json)
+    print(f"float: {results['float']:.3f}")
+    print(table(results["rows"], lambda found: mean_and_spread([one["perplexity"] for one in found], ".2f")))
 
 
 if __name__ == "__main__":

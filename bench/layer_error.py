@@ -15,14 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language_accuracy import OURS, PEER_METHODS, ROWS, drawn, halves, peer_run, record, record_one, rule_of
+from language_accuracy import (
+    OURS,
+    PEER_METHODS,
+    ROWS,
+    drawn,
+    halves,
+    mean_and_spread,
+    peer_run,
+    record,
+    record_one,
+    rule_of,
+    table,
+)
 from torch import Tensor, nn
 from transformers import AutoModel
 
 import vlaquant
 from vlaquant.families.hf_samples import text_samples
 from vlaquant.linear import QuantLinear
-from vlaquant.terminal import format_table
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("rtn", "gptq", "gptq + refit", "gptaq + refit", *PEER_METHODS)
@@ -81,17 +92,8 @@ def quantized(args: argparse.Namespace, row: str, method: str, tokens: Tensor) -
     return model
 
 
-def table(results: dict[str, Any]) -> str:
-    lines = [("", *results["rows"])]
-    for method in dict.fromkeys(name for row in results["rows"].values() for name in row):
-        cells = []
-        for row in results["rows"].values():
-            found = [one["mean"] for one in row.get(method, {}).values()]
-            spread = f" ±{statistics.stdev(found):.1e}" if len(found) > 1 else ""
-            worst = max((one["worst"] for one in row.get(method, {}).values()), default=0.0)
-            cells.append(f"{statistics.mean(found):.3e}{spread} ({worst:.1e})" if found else "")
-        lines.append((method, *cells))
-    return format_table(lines)
+def cell(found: list[dict[str, Any]]) -> str:
+    return f"{mean_and_spread([one['mean'] for one in found], '.2e')} ({max(one['worst'] for one in found):.1e})"
 
 
 def main() -> None:
@@ -122,7 +124,7 @@ def main() -> None:
                 one = {"mean": statistics.mean(found), "worst": max(found), "layers": layers}
                 record_one(args.json, row, method, seed, one)
                 print(row, method, seed, one["mean"], one["worst"], flush=True)
-    print(table(record(args.json)))
+    print(table(record(args.json)["rows"], cell))
 
 
 if __name__ == "__main__":
