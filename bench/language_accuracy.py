@@ -89,7 +89,8 @@ def rule_of(row: str) -> dict[str, Any]:
 def our_run(args: argparse.Namespace, row: str, method: str, tokens: Tensor) -> nn.Module:
     """A quantized model, with the kernels that a loaded checkpoint has."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    vlaquant.quantize(model, {"rules": [rule_of(row)], **OURS[method]}, samples=list(tokens.split(1)))
+    samples = None if method == "rtn" else list(tokens.split(1))
+    vlaquant.quantize(model, {"rules": [rule_of(row)], **OURS[method]}, samples=samples)
     return model
 
 
@@ -243,9 +244,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "bench/results/language_accuracy.json")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--methods", nargs="+", choices=[*OURS, *PEER_METHODS], default=list(OURS))
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128, help="tokens of a calibration sample")
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--window-length", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
