@@ -55,18 +55,19 @@ ROWS: dict[str, tuple[int, int | str, int | None]] = {
 _AWQ = [{"kind": "awq"}]
 _SMOOTH = [{"kind": "smoothquant"}]
 _ROTATION = [{"kind": "rotation"}]
-_GPTAQ = {"kind": "gptaq", "refit": True}
+_REFIT = {"kind": "gptq", "refit": True}
 OURS: dict[str, dict[str, Any]] = {
     "rtn": {"quantizer": {"kind": "rtn"}},
     "awq": {"transforms": _AWQ, "quantizer": {"kind": "rtn", "clip": "awq"}},
     "gptq": {"quantizer": {"kind": "gptq"}},
+    "gptaq": {"quantizer": {"kind": "gptaq"}},
     "awq + gptq": {"transforms": _AWQ, "quantizer": {"kind": "gptq"}},
-    "gptq + refit": {"quantizer": {"kind": "gptq", "refit": True}},
-    "gptaq + refit": {"quantizer": _GPTAQ},
-    "awq + gptaq + refit": {"transforms": _AWQ, "quantizer": _GPTAQ},
-    "rotation + gptaq + refit": {"transforms": _ROTATION, "quantizer": _GPTAQ},
+    "gptq + refit": {"quantizer": _REFIT},
+    "awq + gptq + refit": {"transforms": _AWQ, "quantizer": _REFIT},
+    "rotation + gptq + refit": {"transforms": _ROTATION, "quantizer": _REFIT},
     "smoothquant": {"transforms": _SMOOTH, "quantizer": {"kind": "rtn"}},
     "smoothquant + gptq": {"transforms": _SMOOTH, "quantizer": {"kind": "gptq"}},
+    "gptq + autoround": {"quantizer": {"kind": "autoround", "start": {"kind": "gptq"}}},
 }
 PEER_METHODS = {
     "llm-compressor rtn": "rtn",

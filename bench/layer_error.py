@@ -36,7 +36,7 @@ from vlaquant.families.hf_samples import text_samples
 from vlaquant.linear import QuantLinear
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("rtn", "gptq", "gptq + refit", "gptaq + refit", *PEER_METHODS)
+METHODS = ("rtn", "gptq", "gptq + refit", "gptaq", *PEER_METHODS)
 WINDOWS, LENGTH = 128, 128
 
 

@@ -36,6 +36,6 @@ echo "2/3  Comparing it with the float policy on recorded episodes and on $episo
 echo
 echo "3/3  Timing one action by part, and writing all of it down on one page ..."
 .venv/bin/vlaquant bench "$output" --reference examples/demo_policy --episodes examples/demo_episodes \
-  --json "$output.bench.json" >/dev/null
+  --threads 1 --rounds 30 --json "$output.bench.json" >/dev/null
 .venv/bin/vlaquant report "$output" --reference examples/demo_policy --episodes examples/demo_episodes \
   --eval "$output.eval.json" --bench "$output.bench.json" --output "$output.report.html"

@@ -97,4 +97,7 @@ def _interval(figure: Figure) -> str:
 
 
 def _counted(figure: Figure) -> str:
-    return f"{figure.count} {figure.of}"
+    things = figure.of
+    if figure.count == 1:
+        things = things.removesuffix("es") if things.endswith("sses") else things.removesuffix("s")
+    return f"{figure.count} {things}"
