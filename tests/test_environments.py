@@ -123,6 +123,12 @@ def test_libero(monkeypatch: pytest.MonkeyPatch) -> None:
     simulator = parse_simulator("libero:libero_goal", ["cameras=agentview,robot0_eye_in_hand", "size=64"])
     assert simulator.tasks == ("pick_up_the_soup", "open_the_drawer")
     assert simulator.max_steps == 300
+    one = parse_simulator("libero:libero_goal/open_the_drawer")
+    assert (one.tasks, one.max_steps) == (("open_the_drawer",), 300)
+    assert one.make("open_the_drawer", 224).instruction == "open the drawer"
+    lookalike.OffScreenRenderEnv.made.clear()
+    with pytest.raises(RecipeError, match="no such task; libero_goal has pick_up_the_soup, open_the_drawer"):
+        parse_simulator("libero:libero_goal/close_the_drawer").tasks  # noqa: B018
     env = simulator.make("open_the_drawer", 224)
     (made,) = lookalike.OffScreenRenderEnv.made
     assert made.file.endswith("bddl_files/libero_goal/open_the_drawer.bddl")

@@ -157,7 +157,7 @@ def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
     _add_json_argument(evaluate)
     loop = evaluate.add_argument_group("closed loop")
     loop.add_argument("--rollouts", type=int, default=0, metavar="N", help="paired simulated episodes a task")
-    loop.add_argument("--env", default="metaworld", help="metaworld[:TASK], gymnasium:ID or libero:SUITE")
+    loop.add_argument("--env", default="metaworld", help="metaworld[:TASK], gymnasium:ID or libero:SUITE[/TASK]")
     loop.add_argument("--env-option", action="append", default=[], metavar="KEY=VALUE", help="of the simulator")
     loop.add_argument("--max-steps", type=int, metavar="N", help="after which an episode has failed")
     loop.add_argument("--workers", type=int, metavar="N", help="processes; 0: this one (default: at most 4)")

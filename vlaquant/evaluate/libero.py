@@ -5,6 +5,8 @@ Images, states, actions and limits are as in the evaluation of OpenVLA, whose pu
 """
 
 import os
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,12 +85,13 @@ def _suite(name: str) -> Any:
     reason = why_not()
     if reason is not None:
         raise EvaluationError(f"cannot simulate {name}: {reason}")
-    from libero.libero import benchmark
+    with redirect_stdout(sys.stderr):  # it says there what it does; results go to the other
+        from libero.libero import benchmark
 
-    known = benchmark.get_benchmark_dict()
-    if name not in known:
-        raise RecipeError(f"--env libero:{name}: no such suite; known: {', '.join(known)}")
-    return known[name]()
+        known = benchmark.get_benchmark_dict()
+        if name not in known:
+            raise RecipeError(f"--env libero:{name}: no such suite; known: {', '.join(known)}")
+        return known[name]()
 
 
 class LiberoTask:

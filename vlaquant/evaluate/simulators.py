@@ -66,6 +66,18 @@ def _metaworld_tasks(name: str) -> tuple[str, ...]:
     return (name,) if name else tuple(metaworld.INSTRUCTIONS)
 
 
+def _libero_tasks(name: str) -> tuple[str, ...]:
+    suite, _, task = name.partition("/")
+    known = libero.tasks(suite)
+    if task and task not in known:
+        raise RecipeError(f"--env libero:{name}: no such task; {suite} has {', '.join(known)}")
+    return (task,) if task else known
+
+
+def _suite(simulator: Simulator) -> str:
+    return simulator.name.partition("/")[0]
+
+
 def _gym_steps(simulator: Simulator) -> int:
     env = gym.GymEnvironment(simulator.name, dict(simulator.options))
     try:
@@ -92,10 +104,10 @@ KINDS: dict[str, Kind] = {
         lambda simulator, task, _: gym.GymEnvironment(task, dict(simulator.options)),
     ),
     "libero": Kind(
-        libero.tasks,
+        _libero_tasks,
         libero.why_not,
-        lambda simulator: libero.max_steps(simulator.name),
-        lambda simulator, task, _: libero.LiberoTask(simulator.name, task, dict(simulator.options)),
+        lambda simulator: libero.max_steps(_suite(simulator)),
+        lambda simulator, task, _: libero.LiberoTask(_suite(simulator), task, dict(simulator.options)),
     ),
 }
 METAWORLD = Simulator()
