@@ -72,6 +72,7 @@ OURS: dict[str, dict[str, Any]] = {
 PEER_METHODS = {
     "llm-compressor rtn": "rtn",
     "llm-compressor gptq": "gptq",
+    "llm-compressor gptq + mse": "gptq + mse",
     "llm-compressor smoothquant + gptq": "smoothquant + gptq",
     "auto-round": "auto-round",
     "naive awq loop": "awq",

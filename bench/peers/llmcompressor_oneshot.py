@@ -2,7 +2,8 @@
 
 The last line of output is JSON: seconds by phase, peak memory in bytes, versions. Settings: model, class (of
 transformers), tokens (a safetensors file with ``tokens`` [samples, length]), output, threads, method (rtn, gptq,
-smoothquant + gptq), bits, group_size (a number or "channel"), activation_bits (null or 8: dynamic, per token), damp.
+gptq + mse, smoothquant + gptq; mse is its observer that searches ranges), bits, group_size (a number or "channel"),
+activation_bits (null or 8: dynamic, per token), damp.
 """
 
 import json
@@ -33,6 +34,7 @@ def recipe(settings: dict[str, Any]) -> list[Any]:
     weights = QuantizationArgs(
         num_bits=settings["bits"],
         symmetric=True,
+        observer="mse" if "mse" in settings["method"] else "minmax",
         **({"strategy": "channel"} if group == "channel" else {"strategy": "group", "group_size": group}),
     )
     activations = None
