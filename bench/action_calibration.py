@@ -147,7 +147,7 @@ def samples_contest(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for kind in ("robot", "text only"):
         for name in ("equal", args.weights):
-            for count in args.counts:
+            for count in (min(count, len(bench.frames)) for count in args.counts):
                 seeds = [
                     bench.errors(recipe(args.bits[0], "gptq", WEIGHTS[name]), bench.draw(count, seed, kind))
                     for seed in tqdm(range(args.seeds), desc=f"{kind} {name} {count}", disable=None)

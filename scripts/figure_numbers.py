@@ -37,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 RESULTS = ROOT / "bench" / "results" / "demo_recipes.json"
 SCALING = ROOT / "bench" / "results" / "scaling.json"
+CALIBRATION = ROOT / "bench" / "results" / "action_calibration.json"
 SCALES = torch.bfloat16  # what the policy is stored in, and so its scales
 GROUPS: tuple[int | str, ...] = ("tensor", "channel", 128, 64, 32)
 _SAMPLES = 16
@@ -365,8 +366,17 @@ def scaling() -> Numbers:
     return {"axes": drawn, "summary": {}}
 
 
+def samples() -> Numbers:
+    """What ``bench/results/action_calibration.json`` says: kind and weights -> number of samples -> divergences."""
+    lines: dict[str, dict[str, list[float]]] = {}
+    for name, row in json.loads(CALIBRATION.read_text(encoding="utf-8"))["samples"].items():
+        _, weights, kind, count = name.split(", ")
+        lines.setdefault(f"{kind}, {weights}", {})[count] = row["divergence"]["seeds"]
+    return {"lines": lines, "summary": {}}
+
+
 #: Figures that are drawn from files of results.
-FROM_FILES = {"results": results, "scaling": scaling}
+FROM_FILES = {"results": results, "scaling": scaling, "samples": samples}
 
 
 def _success(rollouts: dict[str, Any]) -> list[float]:

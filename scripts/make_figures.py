@@ -184,6 +184,24 @@ def scaling(drawn: Numbers) -> Figure:
     return figure
 
 
+def samples(drawn: Numbers) -> Figure:
+    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for (name, points), colour, style in zip(
+        drawn["lines"].items(), (BLUE, GREEN, GREY, ORANGE), ("o-", "s-", "o--", "s--"), strict=True
+    ):
+        counts = [int(count) for count in points]
+        means = [sum(seeds) / len(seeds) for seeds in points.values()]
+        ax.plot(counts, means, style, color=colour, label=f"{name} weights")
+        for count, seeds in zip(counts, points.values(), strict=True):
+            ax.plot([count] * len(seeds), seeds, ".", color=colour, alpha=0.5)
+    ax.set(xscale="log", yscale="log", xticks=counts, xlabel="calibration samples", ylabel="divergence, nats a token")
+    ax.set_xticklabels(counts)
+    ax.set_yticks([0.0005, 0.001, 0.002, 0.004], ["0.0005", "0.001", "0.002", "0.004"])
+    ax.minorticks_off()
+    ax.legend()
+    return figure
+
+
 _METHODS = {"GPTQ": BLUE, "AWQ": GREEN, "SmoothQuant": ORANGE, "rounding": RED}
 
 
@@ -205,6 +223,10 @@ DRAWN: dict[str, tuple[Callable[[Numbers], Figure], str]] = {
     "rounding": (rounding, "Error of weights and of outputs, rounded to nearest and with GPTQ"),
     "results": (results, "Change of actions against size, and success in simulated episodes, by recipe"),
     "scaling": (scaling, "Seconds and memory of a GPTQ run against samples, length, layers and width"),
+    "samples": (
+        samples,
+        "Divergence of actions at W3 against samples of calibration, by their kind and by token weights",
+    ),
 }
 
 
