@@ -258,9 +258,9 @@ def test_resident_bytes_count_what_kernels_made() -> None:
     kernel = select_kernel(layer.query()).name
     if kernel == "int4pack":
         assert layer.resident_bytes == stored + N * K // 2 + 2 * N * 2 * 2
-    elif kernel == "native":  # in place of the codes; rows in blocks of 32, a scale and an offset a group, and a struct
+    elif kernel == "native":  # in place of the codes; rows in blocks of 32, a scale a group, and a struct
         rows = -(-N // 32) * 32
-        assert layer.resident_bytes == stored - N * K // 2 + rows * K // 2 + rows * 2 * (4 + 4) + 80
+        assert layer.resident_bytes == stored - N * K // 2 + rows * K // 2 + rows * 2 * 4 + 80
     layer.release_()
     assert layer.resident_bytes == stored
 
