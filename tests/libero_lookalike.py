@@ -27,6 +27,7 @@ class Task(NamedTuple):
 
 class Suite:
     def __init__(self, task_order_index: int = 0) -> None:
+        print("[info] Applying task order")  # noqa: T201 as the real one
         self.tasks = [
             Task(one.replace(" ", "_"), one, "Libero", "libero_goal", f"{one.replace(' ', '_')}.bddl", "init")
             for one in LANGUAGES
@@ -46,6 +47,7 @@ class OffScreenRenderEnv:
     made: list["OffScreenRenderEnv"] = []  # noqa: RUF012
 
     def __init__(self, bddl_file_name: str, camera_heights: int, camera_widths: int) -> None:
+        print("[info] using the task's scene")  # noqa: T201
         self.file, self.size = bddl_file_name, (camera_heights, camera_widths)
         self.calls: list[Any] = []
         self.actions: list[Any] = []

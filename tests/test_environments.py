@@ -117,7 +117,7 @@ def test_an_action_of_another_robot_is_refused() -> None:
         env.step(np.zeros(7))
 
 
-def test_libero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libero(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Against a look-alike of its interface: LIBERO itself brings a gigabyte of assets."""
     lookalike.install(monkeypatch)
     simulator = parse_simulator("libero:libero_goal", ["cameras=agentview,robot0_eye_in_hand", "size=64"])
@@ -149,6 +149,9 @@ def test_libero(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.step(np.zeros(7)).success
     env.close()
     assert made.calls[-1] == "close"
+    said = capsys.readouterr()
+    assert said.out == "", "results go there"
+    assert "[info] Applying task order" in said.err
     other = libero.LiberoTask("libero_goal", "open_the_drawer", {"gripper": "libero"})
     other.reset(0)
     other.step(np.array([0, 0, 0, 0, 0, 0, 0.25]))

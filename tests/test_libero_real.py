@@ -1,6 +1,8 @@
 """LIBERO itself behind the adapter; ``make test-libero`` installs it in an environment of its own."""
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -94,3 +96,9 @@ def test_success_is_seen_and_nothing_is_not_success(env: libero.LiberoTask) -> N
     assert not any(env.step(action(np.zeros(3), OPEN)).success for _ in range(5))
     env.reset(0)
     assert any(env.step(chosen).success for chosen in expert(env))
+
+
+def test_only_results_go_to_stdout() -> None:
+    program = f"from vlaquant.evaluate.libero import LiberoTask; LiberoTask({SUITE!r}, {TASK!r}, {{}}).reset(0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == ""

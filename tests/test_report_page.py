@@ -159,6 +159,17 @@ def test_an_evaluation_may_lack_what_not_every_policy_has() -> None:
     assert "error of the velocity, denoising step 1" in page.text
 
 
+@pytest.mark.parametrize(
+    ("of", "words"),
+    [("files", "1 file"), ("processes", "1 process"), ("chunk boundaries", "1 chunk boundary"), ("robot", "1 robot")],
+)
+def test_one_is_no_plural(of: str, words: str) -> None:
+    found = evaluated()
+    disk = replace(found.system.disk, candidate=replace(found.system.disk.candidate, count=1, of=of))
+    bare = evaluation(system=replace(found.system, disk=disk))
+    assert f" {words} " in document(replace(report(), evaluation=read_evaluation(bare))).text
+
+
 def test_an_evaluation_with_nonsense_is_refused() -> None:
     found = evaluation()
     found["actions"]["jerk"]["ratio"]["value"] = "fast"

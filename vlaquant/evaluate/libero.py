@@ -6,7 +6,8 @@ Images, states, actions and limits are as in the evaluation of OpenVLA, whose pu
 
 import os
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,14 @@ class LiberoOptions:
     gripper: str = "openvla"
 
 
+@contextmanager
+def _aside() -> Iterator[None]:
+    """LIBERO says on stdout what it does, and only results may go there."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+@_aside()
 def why_not() -> str | None:
     """Why there is no LIBERO here; None if there is one."""
     try:
@@ -81,17 +90,17 @@ def max_steps(suite: str) -> int:
     return MAX_STEPS.get(suite, _OTHER_STEPS)
 
 
+@_aside()
 def _suite(name: str) -> Any:
     reason = why_not()
     if reason is not None:
         raise EvaluationError(f"cannot simulate {name}: {reason}")
-    with redirect_stdout(sys.stderr):  # it says there what it does; results go to the other
-        from libero.libero import benchmark
+    from libero.libero import benchmark
 
-        known = benchmark.get_benchmark_dict()
-        if name not in known:
-            raise RecipeError(f"--env libero:{name}: no such suite; known: {', '.join(known)}")
-        return known[name]()
+    known = benchmark.get_benchmark_dict()
+    if name not in known:
+        raise RecipeError(f"--env libero:{name}: no such suite; known: {', '.join(known)}")
+    return known[name]()
 
 
 class LiberoTask:
@@ -105,6 +114,7 @@ class LiberoTask:
         RecipeError: no such suite, task or option.
     """
 
+    @_aside()
     def __init__(self, suite: str, task: str, options: dict[str, str]) -> None:
         self._options = options_as(LiberoOptions, f"libero:{suite}", options)
         if self._options.gripper not in _GRIPPERS:
@@ -128,6 +138,7 @@ class LiberoTask:
         self._crop = _number("crop", self._options.crop)
         self._seen: dict[str, Any] = {}
 
+    @_aside()
     def reset(self, seed: int) -> Step:
         """Start from the initial state that belongs to ``seed``, and wait until nothing falls any more."""
         self._env.seed(seed)

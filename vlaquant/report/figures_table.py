@@ -9,6 +9,8 @@ from vlaquant.report.svg import number, percent, size
 
 Row = tuple[str, str, str, str, str]
 _NOTHING = "–"
+#: Endings of plurals -> those of one.
+_ONE = {"ies": "y", "sses": "ss", "s": ""}
 
 
 def figures_table(result: PolicyEvaluation | LanguageEvaluation) -> Table:
@@ -99,5 +101,6 @@ def _interval(figure: Figure) -> str:
 def _counted(figure: Figure) -> str:
     things = figure.of
     if figure.count == 1:
-        things = things.removesuffix("es") if things.endswith("sses") else things.removesuffix("s")
+        ending = next((ending for ending in _ONE if things.endswith(ending)), None)
+        things = things if ending is None else things.removesuffix(ending) + _ONE[ending]
     return f"{figure.count} {things}"
