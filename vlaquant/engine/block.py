@@ -177,6 +177,7 @@ class BlockLoss:
         examples: index among all samples -> the sample, for those of this process.
         samples: how many all processes have.
         processes: that do the same.
+        dtype: of the products in gradients.
     """
 
     def __init__(
@@ -186,11 +187,13 @@ class BlockLoss:
         examples: Mapping[int, Example],
         samples: int,
         processes: Processes,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._unit = unit
         self._function = function
         self._examples = examples
         self._processes = processes
+        self._dtype = dtype
         self.samples = samples
         sums = processes.gather(float(sum(one.square(one.target).to(torch.float64) for one in examples.values())))
         self._power = max(sum(sums), torch.finfo(torch.float32).tiny)
@@ -207,7 +210,8 @@ class BlockLoss:
     def gradients(self, weights: Mapping[str, Tensor], batch: Sequence[int]) -> dict[str, Tensor]:
         """Of the squared error over some samples, sample by sample to need little memory."""
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-        with torch.enable_grad():
+        device = next(iter(weights.values())).device.type
+        with torch.enable_grad(), torch.autocast(device, self._dtype, enabled=self._dtype is not torch.float32):
             for position in batch:
                 if position in self._examples:
                     (self._error(self._examples[position], leaves) / self._power).backward()
@@ -280,7 +284,8 @@ class BlockTuner:
             position: self._example(index, unit, position, function, [*works][-1])
             for position in self._processes.positions(len(self._samples))
         }
-        loss = BlockLoss(unit, function, examples, len(self._samples), self._processes)
+        dtype = getattr(torch, self._quantizer.dtype)
+        loss = BlockLoss(unit, function, examples, len(self._samples), self._processes, dtype)
         starts = {name: unpack(packed[name].stored(), packed[name].query()) for name in works}
         result = autoround(
             {name: start_from(works[name].weight, start) for name, start in starts.items()},

@@ -31,7 +31,7 @@ _EDGE = 0.25
 #: Bounds of V, and of α around 1.
 _REACH = 0.5
 #: How often the loss over all samples is looked at in a run.
-_LOOKS = 10
+_LOOKS = 4
 
 
 class Block(Protocol):

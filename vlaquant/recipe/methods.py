@@ -149,6 +149,7 @@ class AutoRound(Section):
         learning_rate: length of the first step; by default 1 / iterations.
         batch: samples a step.
         ranges: whether the range of each group is learnt too.
+        dtype: of the products in gradients; bfloat16 takes about half the time where the processor multiplies it.
     """
 
     kind: Literal["autoround"] = "autoround"
@@ -157,6 +158,7 @@ class AutoRound(Section):
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     batch: PositiveInt = 8
     ranges: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class TypeWeights(Section):
