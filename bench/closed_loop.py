@@ -37,7 +37,10 @@ SETTINGS: dict[str, tuple[str, int | str, dict[str, Any], str]] = {
     "w2 g64 gptq, weighted": ("w2a16", 64, _GPTQ, "gradient"),
     "w2 channel gptq": ("w2a16", "channel", _GPTQ, "equal"),
     "w2 channel gptq, weighted": ("w2a16", "channel", _GPTQ, "gradient"),
+    "w2 tensor gptq": ("w2a16", "tensor", _GPTQ, "equal"),
+    "w2 tensor gptq, weighted": ("w2a16", "tensor", _GPTQ, "gradient"),
     "w2 channel rtn": ("w2a16", "channel", _RTN, "equal"),
+    "w2 tensor rtn": ("w2a16", "tensor", _RTN, "equal"),
 }
 #: Which to compare: better than equal weights?
 PAIRS = [(name, f"{name}, weighted") for name in SETTINGS if f"{name}, weighted" in SETTINGS]

@@ -60,6 +60,9 @@ OURS: dict[str, dict[str, Any]] = {
     "rtn": {"quantizer": {"kind": "rtn"}},
     "awq": {"transforms": _AWQ, "quantizer": {"kind": "rtn", "clip": "awq"}},
     "gptq": {"quantizer": {"kind": "gptq"}},
+    "gptq + mse": {"quantizer": {"kind": "gptq", "clip": "mse"}},
+    "gptq + mse + refit": {"quantizer": _REFIT | {"clip": "mse"}},
+    "gptq + output clip + refit": {"quantizer": _REFIT | {"clip": "awq"}},
     "gptaq": {"quantizer": {"kind": "gptaq"}},
     "awq + gptq": {"transforms": _AWQ, "quantizer": {"kind": "gptq"}},
     "gptq + refit": {"quantizer": _REFIT},
@@ -67,7 +70,7 @@ OURS: dict[str, dict[str, Any]] = {
     "rotation + gptq + refit": {"transforms": _ROTATION, "quantizer": _REFIT},
     "smoothquant": {"transforms": _SMOOTH, "quantizer": {"kind": "rtn"}},
     "smoothquant + gptq": {"transforms": _SMOOTH, "quantizer": {"kind": "gptq"}},
-    "gptq + autoround": {"quantizer": {"kind": "autoround", "start": {"kind": "gptq"}}},
+    "gptq + autoround": {"quantizer": {"kind": "autoround", "start": {"kind": "gptq"}, "dtype": "bfloat16"}},
 }
 PEER_METHODS = {
     "llm-compressor rtn": "rtn",

@@ -36,7 +36,16 @@ from vlaquant.families.hf_samples import text_samples
 from vlaquant.linear import QuantLinear
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("rtn", "gptq", "gptq + refit", "gptaq", *PEER_METHODS)
+METHODS = (
+    "rtn",
+    "gptq",
+    "gptq + refit",
+    "gptq + mse",
+    "gptq + mse + refit",
+    "gptq + output clip + refit",
+    "gptaq",
+    *PEER_METHODS,
+)
 WINDOWS, LENGTH = 128, 128
 
 
@@ -84,12 +93,18 @@ def errors(before: dict[str, Tensor], after: dict[str, Tensor], moments: dict[st
 def quantized(args: argparse.Namespace, row: str, method: str, tokens: Tensor) -> nn.Module:
     if method in PEER_METHODS:
         model, _ = peer_run(args, row, method, tokens, args.work, "AutoModel")
+        with torch.no_grad():
+            run(model, tokens[:1])  # packed weights are unpacked by the first call
         return model
     model = AutoModel.from_pretrained(args.model, dtype=torch.float32).eval()
     rule = rule_of(row) | {"pattern": "re:encoder[.].*"}
     del rule["part"]
-    vlaquant.quantize(model, {"rules": [rule], **OURS[method]}, samples=list(tokens.split(1)))
+    vlaquant.quantize(model, {"rules": [rule], **OURS[method]}, samples=list(tokens.split(1)), run=run)
     return model
+
+
+def run(model: nn.Module, ids: Tensor) -> None:
+    model(input_ids=ids)
 
 
 def cell(found: list[dict[str, Any]]) -> str:
@@ -105,7 +120,7 @@ def main() -> None:
     parser.add_argument("--auto-round-python", type=Path)
     parser.add_argument("--json", type=Path, default=ROOT / "bench/results/layer_error_minilm.json")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["W4 g64", "W4 channel"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:4])
+    parser.add_argument("--methods", nargs="+", choices=[*OURS_HERE, *PEER_METHODS], default=OURS_HERE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -50,6 +50,10 @@ def main() -> None:
     )
     quantized, _ = tuner.quantize()
     seconds = time.perf_counter() - started
+    # Layers that round their inputs are wrapped, and would be saved under names that no model has
+    for name, module in [*quantized.named_modules()]:
+        if hasattr(module, "orig_layer"):
+            quantized.set_submodule(name, module.orig_layer)
     quantized.save_pretrained(settings["output"])
     versions = {name: version(name) for name in ("auto-round", "torch", "transformers")}
     print(json.dumps({"total": seconds, "peak": peak_memory(), "versions": versions}))
