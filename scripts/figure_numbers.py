@@ -35,9 +35,6 @@ from vlaquant.scheme import Granularity, QuantSpec
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-RESULTS = ROOT / "bench" / "results" / "demo_recipes.json"
-SCALING = ROOT / "bench" / "results" / "scaling.json"
-CALIBRATION = ROOT / "bench" / "results" / "action_calibration.json"
 SCALES = torch.bfloat16  # what the policy is stored in, and so its scales
 GROUPS: tuple[int | str, ...] = ("tensor", "channel", 128, 64, 32)
 _SAMPLES = 16
@@ -316,71 +313,6 @@ def _percent(share: float) -> str:
     """Two significant digits, as ``0.15 %``."""
     percent = f"{100 * share:#.2g}" if share < 0.1 else f"{100 * share:.0f}"
     return percent.rstrip(".") + " %"
-
-
-#: Rows of the results that are drawn, by their keys in the file.
-ROWS = {
-    "w4 rtn": "W4 rounding",
-    "w4 awq": "W4 AWQ",
-    "w4 gptq": "W4 GPTQ",
-    "w3 gptq": "W3 GPTQ",
-    "w8a8 smoothquant": "W8A8 SmoothQuant",
-    "w2 rtn": "W2 rounding",
-    "w2 gptq": "W2 GPTQ",
-    "w2 tensor rtn": "W2 rounding, one scale",
-}
-
-
-def results() -> Numbers:
-    """What ``bench/results/demo_recipes.json`` says of the rows that are drawn."""
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    rows = []
-    for key, name in ROWS.items():
-        one = found[key]
-        success = _success(one["rollouts"]["candidate"]) if one["rollouts"] else None
-        rows.append(
-            {
-                "name": name,
-                "MiB": one["bytes"]["disk"] / 2**20,
-                "L1": one["actions"]["mean_l1"],
-                "success": success,
-            }
-        )
-    one = found["w4 gptq"]
-    size = one["bytes"]["reference_disk"] / 2**20
-    return {"rows": rows, "float MiB": size, "float success": _success(one["rollouts"]["reference"]), "summary": {}}
-
-
-def scaling() -> Numbers:
-    """What ``bench/results/scaling.json`` says: axis -> its values, with the seconds and the MiB of each."""
-    axes = json.loads(SCALING.read_text(encoding="utf-8"))["axes"]
-    drawn = {
-        axis: {
-            "values": [point[axis] for point in points],
-            "seconds": [point["seconds"] for point in points],
-            "MiB": [point["calibration_mib"] for point in points],
-            "MiB with verification": [point["with_verification_mib"] for point in points],
-        }
-        for axis, points in axes.items()
-    }
-    return {"axes": drawn, "summary": {}}
-
-
-def samples() -> Numbers:
-    """What ``bench/results/action_calibration.json`` says: kind and weights -> number of samples -> divergences."""
-    lines: dict[str, dict[str, list[float]]] = {}
-    for name, row in json.loads(CALIBRATION.read_text(encoding="utf-8"))["samples"].items():
-        _, weights, kind, count = name.split(", ")
-        lines.setdefault(f"{kind}, {weights}", {})[count] = row["divergence"]["seeds"]
-    return {"lines": lines, "summary": {}}
-
-
-#: Figures that are drawn from files of results.
-FROM_FILES = {"results": results, "scaling": scaling, "samples": samples}
-
-
-def _success(rollouts: dict[str, Any]) -> list[float]:
-    return [rollouts["all"][key] for key in ("rate", "low", "high")]
 
 
 def numbers_in(svg: str) -> Numbers:

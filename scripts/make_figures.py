@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from figure_numbers import FIGURES, FROM_FILES, GROUPS, Numbers, measure, rounded
+from figure_numbers import FIGURES, GROUPS, Numbers, measure, rounded
+from figure_results import FROM_FILES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -202,6 +203,27 @@ def samples(drawn: Numbers) -> Figure:
     return figure
 
 
+def success(drawn: Numbers) -> Figure:
+    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    kinds = {"rtn": (RED, "rounding"), "weighted": (GREEN, "GPTQ, weighted"), "gptq": (BLUE, "GPTQ")}
+    named = set()
+    for row in drawn["rows"]:
+        colour, kind = next((one for word, one in kinds.items() if word in row["name"]), (GREY, "float"))
+        rate, low, high = (100 * share for share in row["success"])
+        # Methods of one size side by side
+        place = row["MiB"] * {GREEN: 1.012, RED: 0.988}.get(colour, 1.0)
+        label = None if kind in named else kind
+        ax.errorbar(place, rate, [[rate - low], [high - rate]], fmt="o", color=colour, label=label, linewidth=1.2)
+        named.add(kind)
+    ax.set(
+        xscale="log", xticks=(2, 3, 4, 6, 8), xlabel="MiB of weights", ylabel="success in episodes, %", ylim=(60, 101)
+    )
+    ax.set_xticklabels((2, 3, 4, 6, 8))
+    ax.minorticks_off()
+    ax.legend(loc="lower right")
+    return figure
+
+
 _METHODS = {"GPTQ": BLUE, "AWQ": GREEN, "SmoothQuant": ORANGE, "rounding": RED}
 
 
@@ -227,6 +249,7 @@ DRAWN: dict[str, tuple[Callable[[Numbers], Figure], str]] = {
         samples,
         "Divergence of actions at W3 against samples of calibration, by their kind and by token weights",
     ),
+    "success": (success, "Success in simulated episodes against MiB of weights, by method"),
 }
 
 

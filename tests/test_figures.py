@@ -11,6 +11,7 @@ import documents
 import figure_numbers
 import pytest
 from documents import ROOT, read
+from figure_results import FROM_FILES
 
 from vlaquant.numerics import mse_observer, quantize_weight
 
@@ -41,9 +42,9 @@ def test_a_figure_of_other_codes_is_seen(measured: figure_numbers.Measured, monk
     assert drawn("granularity")["summary"] != pytest.approx(changed, rel=0.02)
 
 
-@pytest.mark.parametrize("name", figure_numbers.FROM_FILES)
+@pytest.mark.parametrize("name", FROM_FILES)
 def test_results_are_those_of_the_file(name: str) -> None:
-    assert drawn(name) == figure_numbers.rounded(figure_numbers.FROM_FILES[name]()), "make figures"
+    assert drawn(name) == figure_numbers.rounded(FROM_FILES[name]()), "make figures"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
@@ -58,7 +59,7 @@ def test_pages_quote_the_figures(page: Path) -> None:
 def test_every_figure_is_on_a_page_and_every_image_is_drawn() -> None:
     shown = {Path(file).name for page in documents.pages() for _, file in documents.images(read(page))}
     files = {path.name for path in IMAGES.iterdir()}
-    assert shown == files == {f"{name}.svg" for name in (*figure_numbers.FIGURES, *figure_numbers.FROM_FILES)}
+    assert shown == files == {f"{name}.svg" for name in (*figure_numbers.FIGURES, *FROM_FILES)}
 
 
 def luminance(colour: str) -> float:
