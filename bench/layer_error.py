@@ -36,7 +36,7 @@ from vlaquant.families.hf_samples import text_samples
 from vlaquant.linear import QuantLinear
 
 ROOT = Path(__file__).parent.parent
-METHODS = (
+OURS_HERE = (
     "rtn",
     "gptq",
     "gptq + refit",
@@ -44,7 +44,6 @@ METHODS = (
     "gptq + mse + refit",
     "gptq + output clip + refit",
     "gptaq",
-    *PEER_METHODS,
 )
 WINDOWS, LENGTH = 128, 128
 
